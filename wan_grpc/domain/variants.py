@@ -1,0 +1,86 @@
+"""The published Wan2.2 models as facts: tasks, sizes, defaults. A checkpoint's own files win over them."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Task(StrEnum):
+    TEXT_TO_VIDEO = "t2v"
+    IMAGE_TO_VIDEO = "i2v"
+    TEXT_IMAGE_TO_VIDEO = "ti2v"
+
+
+class Expert(StrEnum):
+    """Which of the two transformers of an A14B model ran a step; one-expert models only know HIGH_NOISE."""
+
+    HIGH_NOISE = "high_noise"
+    LOW_NOISE = "low_noise"
+
+
+class OutputFormat(StrEnum):
+    MP4_H264 = "mp4_h264"
+    """Fragmented MP4, H.264 High, 4:2:0, BT.709 limited range."""
+    RAW_RGB24 = "raw_rgb24"
+    """Frames one after the other, rows top to bottom, 3 bytes a pixel, no header."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What a request means where it says nothing."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float
+    flow_shift: float
+    boundary_ratio: float | None
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Largest values that a server accepts; options of the server, visible in GetModel."""
+
+    max_area: int
+    """Pixels of one frame."""
+    max_num_frames: int
+    max_inference_steps: int
+    max_prompt_bytes: int = 16384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What one loaded model can do: the answer of GetModel, and what requests are checked against."""
+
+    model_id: str
+    """As the operator named it: a directory, a hub id, or `embedded`."""
+    task: Task
+    defaults: Defaults
+    limits: Limits
+    size_multiple: int
+    """Width and height are multiples of this many pixels (spatial VAE factor x patch)."""
+    temporal_factor: int = 4
+    """num_frames is 1 more than a multiple of this."""
+    max_text_tokens: int = 512
+    embedded: bool = False
+    """True for the tiny model that is made on the spot and knows nothing."""
+    sizes: tuple[tuple[int, int], ...] = field(default=())
+    """Recommended (width, height) pairs; others that fit the rules work too."""
+    formats: tuple[OutputFormat, ...] = tuple(OutputFormat)
+
+
+T2V_A14B = Defaults(
+    width=1280,
+    height=720,
+    num_frames=81,
+    fps=16,
+    num_inference_steps=40,
+    guidance_scale=4.0,
+    guidance_scale_2=3.0,
+    flow_shift=12.0,
+    boundary_ratio=0.875,
+)
+T2V_A14B_SIZES = ((1280, 720), (720, 1280), (832, 480), (480, 832))
