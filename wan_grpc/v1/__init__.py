@@ -1,0 +1,1 @@
+"""The API as generated code: stubs and messages. Written by protos/generate.sh, never by hand."""
