@@ -1,0 +1,645 @@
+"""The service without a network: submit a request, watch what becomes of it, cancel it.
+
+Knows generations, their order and their ends. Does not know protobuf, gRPC, or how a rank computes.
+"""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from wan_grpc.domain.errors import Failure, Reason, ServiceError, UnusableModelError
+from wan_grpc.domain.events import (
+    Accepted,
+    Chunk,
+    Completed,
+    Event,
+    Failed,
+    Generation,
+    Heartbeat,
+    Progress,
+    Queued,
+    RankMemory,
+    Record,
+    Stage,
+    State,
+)
+from wan_grpc.domain.observations import (
+    Admitted,
+    BytesSent,
+    Ended,
+    FramesDecoded,
+    LoadChanged,
+    Observation,
+    Refused,
+    StageEnded,
+    Started,
+    StepEnded,
+)
+from wan_grpc.domain.request import UNLIMITED_S, GenerationRequest, resolve
+from wan_grpc.domain.status import EngineStatus
+from wan_grpc.domain.variants import ModelCard
+from wan_grpc.engine.bell import Bell, rang
+from wan_grpc.engine.encoding import Encoding, storage_failure
+from wan_grpc.engine.executor import Executor
+from wan_grpc.engine.generation import GenerationLog, Running
+from wan_grpc.engine.messages import MemoryUse, RunEnded, StepDone
+from wan_grpc.engine.pace import Pace, remaining
+from wan_grpc.engine.queue import AdmissionQueue
+from wan_grpc.media.video import describe
+from wan_grpc.store.artifacts import Spool, StorageFailedError
+from wan_grpc.store.frames import FramesAbortedError
+
+CHUNK_BYTES = 1024 * 1024
+_UNKNOWN_WAIT_S = 5.0
+_ATTACH_S = 5.0
+"""The least time that a caller who said it would watch has to begin."""
+_LEAVE_S = 30.0
+"""How long a stopping server waits for cancelled work to come to its next step boundary."""
+_INTERNAL = Failure(reason=Reason.INTERNAL, message="an internal error ended the generation; the server's log has it")
+_SHUTTING_DOWN = Failure(
+    reason=Reason.SHUTTING_DOWN, message="the server is shutting down", retry_after_s=_UNKNOWN_WAIT_S
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """The operator's choices about generations. Times in seconds."""
+
+    max_queue: int = 16
+    detach_grace_s: float = 15.0
+    heartbeat_s: float = 15.0
+    max_encoding: int = 4
+    """Videos that may be encoded while the ranks are already at a later one; the next one waits beyond that."""
+    retain_s: float = 3600.0
+    """How long a generation that ended, and its video, can still be asked for."""
+    retain_count: int = 64
+
+
+class Engine:
+    """Every accepted generation, from acceptance to its end. All methods belong to one asyncio loop."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        executor: Executor,
+        spool: Spool,
+        *,
+        options: EngineOptions,
+        observe: Callable[[Observation], None],
+    ) -> None:
+        self.card = card
+        self._executor = executor
+        self._spool = spool
+        self._options = options
+        self._observe = observe
+        self._queue = AdmissionQueue(options.max_queue)
+        self._generations: dict[str, GenerationLog] = {}
+        self._by_request_id: dict[str, str] = {}
+        self._active: GenerationLog | None = None
+        self._pace = Pace()
+        self._changed = Bell()
+        self._draining = False
+        self._threads = ThreadPoolExecutor(options.max_encoding, thread_name_prefix="encoder")
+        self._may_encode = asyncio.Semaphore(options.max_encoding)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to start the ranks. Requests are admitted from now on and wait for them."""
+        self._executor.start()
+        self._background(self._schedule())
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing more, let what was accepted end and be read, and cancel what has not by `timeout_s`."""
+        self._draining = True
+        self._executor.changed.ring()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while self._busy() and loop.time() < deadline:
+            await rang(self._changed.ticket(), deadline - loop.time())
+        unfinished = self._unfinished()
+        for job in unfinished:
+            self._stop(job, _SHUTTING_DOWN)
+        if unfinished:
+            await asyncio.wait([asyncio.ensure_future(job.ended.wait()) for job in unfinished], timeout=_LEAVE_S)
+
+    async def stop(self) -> None:
+        """End the ranks and every task. What is still unfinished ends as CANCELLED: drain first."""
+        for job in self._unfinished():
+            if job.running is not None:
+                job.running.encoding.abort()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._executor.stop()
+        for job in self._unfinished():
+            self._end_failed(job, _SHUTTING_DOWN)
+        await asyncio.to_thread(self._threads.shutdown)
+
+    @property
+    def fatal(self) -> asyncio.Future[str]:
+        """Set with a sentence when the ranks cannot be brought to life again."""
+        return self._executor.fatal
+
+    def status(self) -> EngineStatus:
+        plan, ready = self._executor.plan, self._executor.ready
+        return EngineStatus(
+            ready=bool(ready) and not self._draining,
+            detail="the server is shutting down" if self._draining else self._executor.detail,
+            topology=plan.topology,
+            device=ready[0].device if ready else "",
+            dtype=ready[0].dtype if ready else "",
+            attention=ready[0].attention if ready else "",
+            load_format=plan.load_format,
+            queue_limit=self._options.max_queue,
+            num_queued=len(self._queue),
+            num_running=int(self._active is not None),
+            rank_memory=_rank_memory(self._executor.memory),
+        )
+
+    async def status_changes(self) -> AsyncGenerator[bool, None]:
+        """Readiness now, and again each time it changes."""
+        known: bool | None = None
+        while True:
+            ticket = self._executor.changed.ticket()
+            ready = self.status().ready
+            if ready is not known:
+                known = ready
+                yield ready
+            await rang(ticket, None)
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    async def submit(self, request: GenerationRequest, *, watched: bool) -> Generation:
+        """Accept `request`, or find the generation that the same request id and body made before.
+
+        `watched` says that the caller is about to watch: when nobody does, the detach grace runs from now.
+
+        Raises:
+            ServiceError: INVALID_REQUEST, REQUEST_ID_REUSED, QUEUE_FULL, SHUTTING_DOWN.
+        """
+        try:
+            known = self._known(request)
+            job = known or self._admit(request, watched=watched)
+        except ServiceError as error:
+            self._observe(Refused(reason=error.failure.reason))
+            raise
+        return job.snapshot()
+
+    def get(self, name: str) -> Generation:
+        """Raises: ServiceError: GENERATION_NOT_FOUND."""
+        return self._find(name).snapshot()
+
+    def list(
+        self, *, page_size: int, after_name: str | None, states: frozenset[State]
+    ) -> tuple[tuple[Generation, ...], bool]:
+        """Generations in `states` (all when empty), newest first, after `after_name`; and whether there are more."""
+        jobs = [job for job in reversed(self._generations.values()) if not states or job.state in states]
+        if after_name is not None:
+            edge = self._find(after_name).born
+            jobs = [job for job in jobs if job.born < edge]
+        return tuple(job.snapshot() for job in jobs[:page_size]), len(jobs) > page_size
+
+    async def cancel(self, name: str) -> Generation:
+        """End a generation and return when it has ended; one that has ended already stays as it is."""
+        job = self._find(name)
+        self._stop(job, Failure(reason=Reason.CANCELLED_BY_CALLER, message="the generation was cancelled"))
+        await job.ended.wait()
+        return job.snapshot()
+
+    async def expire(self, name: str) -> None:
+        """The deadline of the call that made this generation has passed: cancel it unless somebody else watches."""
+        job = self._generations.get(name)
+        if job is not None and not job.num_watchers:
+            self._stop(job, Failure(reason=Reason.DEADLINE_EXCEEDED, message="the deadline of the call has passed"))
+
+    async def delete(self, name: str) -> None:
+        """Forget a generation that has ended, and its video.
+
+        Raises:
+            ServiceError: GENERATION_NOT_FOUND, GENERATION_NOT_FINISHED.
+        """
+        job = self._find(name)
+        if not job.state.is_final:
+            raise ServiceError(Reason.GENERATION_NOT_FINISHED, f"{name} is {job.state}: cancel it first")
+        self._forget(job)
+
+    # ---- watching ---------------------------------------------------------------------------------------------------
+
+    async def watch(self, name: str, *, after: int = 0, from_offset: int = 0) -> AsyncGenerator[Record, None]:
+        """What happened after record `after`, the video from byte `from_offset`, and then all that follows.
+
+        Ends after Completed or Failed. Closing it only detaches. Progress and queue positions that a newer one has
+        replaced by the time the watcher reads on are skipped; nothing else is, and no byte is.
+        """
+        job = self._find(name)
+        self._attach(job)
+        try:
+            async for record in self._follow(job, after, from_offset):
+                yield record
+        finally:
+            self._detach(job)
+
+    async def read_video(self, name: str, *, offset: int, limit: int | None) -> AsyncGenerator[Chunk, None]:
+        """Bytes of a finished video.
+
+        Raises:
+            ServiceError: GENERATION_NOT_FOUND, GENERATION_NOT_FINISHED, OFFSET_OUT_OF_RANGE.
+        """
+        job = self._find(name)
+        if job.state is not State.SUCCEEDED:
+            raise ServiceError(Reason.GENERATION_NOT_FINISHED, f"{name} is {job.state}: it has no finished video")
+        _check_offset(job, offset)
+        end = job.video_bytes if limit is None else min(job.video_bytes, offset + limit)
+        job.num_readers += 1
+        try:
+            while offset < end:
+                data = await self._read(job, offset, end)
+                yield Chunk(offset=offset, data=data)
+                offset += len(data)
+        finally:
+            job.num_readers -= 1
+            self._release(job)
+
+    async def _follow(self, job: GenerationLog, sequence: int, offset: int) -> AsyncGenerator[Record, None]:
+        while True:
+            ticket = job.changed.ticket()
+            moved = False
+            for record in job.after(sequence):
+                if isinstance(record.event, Completed):
+                    _check_offset(job, offset)
+                    async for chunk in self._chunks(job, sequence, offset):
+                        yield chunk
+                yield record
+                sequence, moved = record.sequence, True
+                if isinstance(record.event, Completed | Failed):
+                    return
+            async for chunk in self._chunks(job, sequence, offset):
+                yield chunk
+                assert isinstance(chunk.event, Chunk)
+                offset, moved = offset + len(chunk.event.data), True
+            if not moved and not await rang(ticket, self._options.heartbeat_s):
+                yield _unlogged(sequence, Heartbeat())
+
+    async def _chunks(self, job: GenerationLog, sequence: int, offset: int) -> AsyncGenerator[Record, None]:
+        end = job.video_bytes
+        while offset < end:
+            data = await self._read(job, offset, end)
+            yield _unlogged(sequence, Chunk(offset=offset, data=data))
+            offset += len(data)
+
+    async def _read(self, job: GenerationLog, offset: int, end: int) -> bytes:
+        assert job.artifact is not None
+        data = await asyncio.to_thread(job.artifact.read, offset, min(CHUNK_BYTES, end - offset))
+        self._observe(BytesSent(count=len(data)))
+        return data
+
+    def _attach(self, job: GenerationLog) -> None:
+        job.num_watchers += 1
+        if job.grace is not None:
+            job.grace.cancel()
+            job.grace = None
+        self._report_load()
+
+    def _detach(self, job: GenerationLog) -> None:
+        job.num_watchers -= 1
+        if not job.num_watchers and not job.state.is_final:
+            self._begin_grace(job)
+        self._release(job)
+        self._report_load()
+
+    def _begin_grace(self, job: GenerationLog, *, at_least_s: float = 0.0) -> None:
+        if job.detach_grace_s == UNLIMITED_S:
+            return
+        failure = Failure(
+            reason=Reason.ABANDONED, message=f"nobody watched the generation for {job.detach_grace_s:g} s"
+        )
+        grace_s = max(job.detach_grace_s, at_least_s)
+        job.grace = asyncio.get_running_loop().call_later(grace_s, self._stop, job, failure)
+
+    # ---- admission --------------------------------------------------------------------------------------------------
+
+    def _known(self, request: GenerationRequest) -> GenerationLog | None:
+        name = self._by_request_id.get(request.request_id or "")
+        if name is None:
+            return None
+        job = self._generations[name]
+        if job.request != request:
+            sentence = f"request_id {request.request_id} was used before with another body, for {name}"
+            raise ServiceError(Reason.REQUEST_ID_REUSED, sentence)
+        return job
+
+    def _admit(self, request: GenerationRequest, *, watched: bool) -> GenerationLog:
+        video = resolve(request, self.card, fallback_seed=secrets.randbits(32))
+        self._check_room()
+        unset_grace = self._options.detach_grace_s if watched else UNLIMITED_S
+        grace_s = unset_grace if request.detach_grace_s is None else request.detach_grace_s
+        job = GenerationLog(f"generations/{uuid.uuid4()}", request, video, detach_grace_s=grace_s)
+        self._generations[job.name] = job
+        if request.request_id is not None:
+            self._by_request_id[request.request_id] = job.name
+        job.log(Accepted(name=job.name, video=video, warnings=job.warnings))
+        self._observe(Admitted(name=job.name, request_id=request.request_id))
+        self._bound_duration(job)
+        self._begin_grace(job, at_least_s=_ATTACH_S if watched else 0.0)
+        self._queue.push(job)
+        self._tell_positions()
+        return job
+
+    def _check_room(self) -> None:
+        if self._draining or self.fatal.done():
+            raise ServiceError(Reason.SHUTTING_DOWN, _SHUTTING_DOWN.message, retry_after_s=_UNKNOWN_WAIT_S)
+        if len(self._queue) + (self._active is not None) > self._options.max_queue:
+            sentence = f"one generation is running and {self._options.max_queue} are waiting; no more are accepted now"
+            raise ServiceError(Reason.QUEUE_FULL, sentence, retry_after_s=self._wait_for_room_s())
+
+    def _wait_for_room_s(self) -> float:
+        left = self._active_left_s()
+        return _UNKNOWN_WAIT_S if left is None else max(1.0, left)
+
+    def _bound_duration(self, job: GenerationLog) -> None:
+        bound_s = job.request.max_duration_s
+        if bound_s is not None:
+            failure = Failure(
+                reason=Reason.MAX_DURATION_EXCEEDED, message=f"not complete within max_duration of {bound_s:g} s"
+            )
+            job.timers.append(asyncio.get_running_loop().call_later(bound_s, self._stop, job, failure))
+
+    def _tell_positions(self) -> None:
+        """Log each waiting generation's place where it has changed."""
+        eta_s = 0.0 if self._active is None else self._active_left_s()
+        for position, job in enumerate(self._queue):
+            last = job.records[-1].event
+            if not (isinstance(last, Queued) and last.position == position):
+                job.log(Queued(position=position, eta_s=eta_s))
+            own = self._pace.expect_all(job.video)
+            eta_s = None if eta_s is None or own is None else eta_s + own
+        self._report_load()
+
+    def _active_left_s(self) -> float | None:
+        progress = self._active.snapshot().progress if self._active is not None else None
+        return None if progress is None else progress.eta_s
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+
+    async def _schedule(self) -> None:
+        """Give the ranks one generation after the other, for as long as they can be brought to life."""
+        while True:
+            await self._may_encode.acquire()
+            try:
+                await self._executor.wait_ready()
+            except UnusableModelError as error:
+                self._fail_waiting(error)
+                return
+            job = await self._queue.next()
+            self._active = job
+            job.start()
+            self._tell_positions()
+            self._observe(Started(name=job.name, wait_s=job.age_s))
+            with structlog.contextvars.bound_contextvars(generation=job.name):
+                await self._run(job)
+            self._active = None
+            self._tell_positions()
+
+    def _fail_waiting(self, error: UnusableModelError) -> None:
+        for job in self._queue:
+            self._queue.remove(job)
+            self._end_failed(job, Failure(reason=Reason.RANK_DIED, message=f"the ranks cannot be started: {error}"))
+
+    async def _run(self, job: GenerationLog) -> None:
+        """Have the ranks compute `job`. Its encoding may go on when this returns."""
+        try:
+            job.artifact = self._spool.create(job.name.rpartition("/")[2], "." + job.video.output_format)
+            run = Running(Encoding(job.video, job.artifact, self._spool.directory))
+        except (OSError, StorageFailedError) as error:
+            self._may_encode.release()
+            self._end_failed(job, storage_failure(error))
+            return
+        job.running = run
+        try:
+            ended = await self._follow_ranks(job, run)
+        except ServiceError as error:
+            run.stop_with(error.failure)
+            ended = None
+        if ended is None or run.failure is not None:
+            run.encoding.abort()
+        else:
+            run.encoding.end_of_frames()
+        self._background(self._finish(job, run, ended))
+
+    async def _follow_ranks(self, job: GenerationLog, run: Running) -> RunEnded:
+        async for message in self._executor.run(job.name, job.video, run.encoding.take_frame):
+            if isinstance(message, StepDone):
+                self._take_step(job, run, message.progress)
+                if run.failure is not None or run.encoding.put_failure is not None:
+                    self._executor.cancel(job.name)
+            else:
+                self._take_end(job, run, message)
+                return message
+        raise AssertionError("the executor ended without RunEnded")
+
+    def _take_step(self, job: GenerationLog, run: Running, progress: Progress) -> None:
+        if progress.step == 0:
+            self._enter(job, progress.stage)
+        if progress.stage is Stage.DECODE:
+            if progress.step == 0:
+                job.log(describe(job.video))
+                run.task = asyncio.create_task(self._encode(job, run))
+                run.task.add_done_callback(lambda task: self._note_crash_of_encoder(task, job, run))
+            else:
+                self._observe(FramesDecoded(count=1 if progress.step == 1 else self.card.temporal_factor))
+        if progress.expert is not None and progress.step_time_s is not None:
+            self._observe(StepEnded(name=job.name, expert=progress.expert, seconds=progress.step_time_s))
+        self._log_progress(job, progress)
+
+    def _log_progress(self, job: GenerationLog, progress: Progress) -> None:
+        eta_s = remaining(progress, job.video, self._pace, job.clock.elapsed_s)
+        job.log(
+            Progress(
+                stage=progress.stage,
+                step=progress.step,
+                total_steps=progress.total_steps,
+                expert=progress.expert,
+                step_time_s=progress.step_time_s,
+                eta_s=eta_s,
+            )
+        )
+
+    def _enter(self, job: GenerationLog, stage: Stage) -> None:
+        ended = job.clock.enter(stage)
+        if ended is not None:
+            self._pace.learn(ended.stage, job.video, ended.seconds)
+            self._observe(StageEnded(name=job.name, stage=ended.stage, seconds=ended.seconds))
+
+    def _take_end(self, job: GenerationLog, run: Running, ended: RunEnded) -> None:
+        if run.encoding.put_failure is not None:
+            run.stop_with(run.encoding.put_failure)
+        if ended.failure is not None:
+            run.stop_with(ended.failure)
+        if run.failure is None:
+            assert not ended.cancelled, f"{job.name} left its ranks without a reason"
+            self._enter(job, Stage.ENCODE)
+            self._log_progress(
+                job,
+                Progress(stage=Stage.ENCODE, step=run.encoding.num_encoded, total_steps=job.video.num_frames),
+            )
+
+    async def _encode(self, job: GenerationLog, run: Running) -> None:
+        """Encode on a thread; a failure there also stops the ranks."""
+        loop = asyncio.get_running_loop()
+
+        def on_bytes() -> None:
+            loop.call_soon_threadsafe(job.changed.ring)
+
+        try:
+            await loop.run_in_executor(self._threads, run.encoding.encode, on_bytes)
+        except FramesAbortedError:
+            pass  # whoever aborted has said why
+        except ServiceError as error:
+            run.stop_with(error.failure)
+            self._executor.cancel(job.name)
+        else:
+            run.is_encoded = True
+
+    async def _finish(self, job: GenerationLog, run: Running, ended: RunEnded | None) -> None:
+        """Wait for the encoder, then end the generation."""
+        if run.task is not None:
+            await asyncio.wait([run.task])
+        self._may_encode.release()
+        if ended is not None and run.is_encoded:
+            await self._end_complete(job, ended.memory)
+        else:
+            self._end_failed(job, run.failure or _INTERNAL)
+
+    async def _end_complete(self, job: GenerationLog, memory: tuple[MemoryUse, ...]) -> None:
+        assert job.artifact is not None
+        size_bytes, sha256 = await asyncio.to_thread(job.artifact.seal)
+        ended = job.clock.leave()
+        assert ended is not None
+        self._observe(StageEnded(name=job.name, stage=ended.stage, seconds=ended.seconds))
+        job.succeed(
+            Completed(
+                size_bytes=size_bytes,
+                sha256=sha256,
+                stage_times=job.clock.times,
+                rank_memory=_rank_memory(memory),
+            )
+        )
+        self._after_end(job, None)
+
+    def _end_failed(self, job: GenerationLog, failure: Failure) -> None:
+        job.fail(failure)
+        self._after_end(job, failure)
+
+    def _after_end(self, job: GenerationLog, failure: Failure | None) -> None:
+        job.running = None
+        self._observe(
+            Ended(
+                name=job.name,
+                state=job.state,
+                reason=failure.reason if failure else None,
+                duration_s=job.age_s,
+                message=failure.message if failure else "",
+            )
+        )
+        self._retain(job)
+        self._report_load()
+
+    def _stop(self, job: GenerationLog, failure: Failure) -> None:
+        """Bring `job` to an end with `failure`: at once when it waits, at the next step boundary when it runs."""
+        if job.state is State.QUEUED:
+            self._queue.remove(job)
+            self._end_failed(job, failure)
+            self._tell_positions()
+        elif job.running is not None:
+            job.running.stop_with(failure)
+            job.running.encoding.abort()
+            self._executor.cancel(job.name)
+
+    # ---- what has ended ---------------------------------------------------------------------------------------------
+
+    def _retain(self, job: GenerationLog) -> None:
+        """Keep what ended for a while; the oldest goes first when there are too many."""
+        job.expires_s = (job.ended_s or 0.0) + self._options.retain_s
+        job.timers.append(asyncio.get_running_loop().call_later(self._options.retain_s, self._forget, job))
+        ended = [other for other in self._generations.values() if other.state.is_final and not other.num_watchers]
+        for oldest in ended[: max(0, len(ended) - self._options.retain_count)]:
+            self._forget(oldest)
+
+    def _forget(self, job: GenerationLog) -> None:
+        for timer in job.timers:
+            timer.cancel()
+        self._generations.pop(job.name, None)
+        self._by_request_id.pop(job.request.request_id or "", None)
+        self._release(job)
+
+    def _release(self, job: GenerationLog) -> None:
+        """Delete the file of a forgotten generation once nobody reads it."""
+        in_use = job.num_watchers or job.num_readers
+        if job.name not in self._generations and not in_use and job.artifact is not None:
+            artifact, job.artifact = job.artifact, None
+            artifact.delete()
+
+    # ---- small things -----------------------------------------------------------------------------------------------
+
+    def _find(self, name: str) -> GenerationLog:
+        job = self._generations.get(name)
+        if job is None:
+            raise ServiceError(Reason.GENERATION_NOT_FOUND, f"no generation is named {name!r}; it may have expired")
+        return job
+
+    def _unfinished(self) -> tuple[GenerationLog, ...]:
+        return tuple(job for job in self._generations.values() if not job.state.is_final)
+
+    def _busy(self) -> bool:
+        return any(not job.state.is_final or job.num_watchers for job in self._generations.values())
+
+    def _report_load(self) -> None:
+        num_watchers = sum(job.num_watchers for job in self._generations.values())
+        self._observe(
+            LoadChanged(
+                num_queued=len(self._queue), num_running=int(self._active is not None), num_watchers=num_watchers
+            )
+        )
+        self._changed.ring()
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._note_end)
+        return task
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """A bug in the work that every generation depends on ends the server, which is better than a silent one."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            structlog.get_logger().error("a vital task of the engine failed", exc_info=error)
+            self._executor.give_up(f"internal error: {error!r}")
+
+    def _note_crash_of_encoder(self, task: asyncio.Task[None], job: GenerationLog, run: Running) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            structlog.get_logger().error("the encoder failed", exc_info=error)
+            run.stop_with(_INTERNAL)
+            self._executor.cancel(job.name)
+
+
+def _unlogged(sequence: int, event: Event) -> Record:
+    return Record(sequence=sequence, time_s=time.time(), event=event)
+
+
+def _rank_memory(memory: tuple[MemoryUse, ...]) -> tuple[RankMemory, ...]:
+    return tuple(RankMemory(rank=rank, peak_bytes=use.peak_bytes) for rank, use in enumerate(memory))
+
+
+def _check_offset(job: GenerationLog, offset: int) -> None:
+    if not 0 <= offset <= job.video_bytes:
+        sentence = f"offset {offset} is past the end of the video, which has {job.video_bytes} bytes"
+        raise ServiceError(Reason.OFFSET_OUT_OF_RANGE, sentence)

@@ -1,0 +1,130 @@
+"""The words between the server process and its ranks, and between ranks. One frozen type a message, never pickle.
+
+Knows the codec. Does not know pipes or collectives.
+"""
+
+from typing import TypeAlias
+
+import msgspec
+
+from wan_grpc.domain.errors import Failure
+from wan_grpc.domain.events import Progress
+from wan_grpc.domain.request import VideoRequest
+from wan_grpc.domain.topology import Topology
+from wan_grpc.pipeline.checkpoint import Checkpoint
+
+
+class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a rank is told at birth."""
+
+    rank: int
+    topology: Topology
+    rendezvous: str
+    """Path of a file, private to this server, at which the ranks of one group meet."""
+    checkpoint: Checkpoint
+    device: str
+    dtype: str
+    load_format: str
+    cpu_threads: int
+    slot_bytes: int
+    num_slots: int
+    log_format: str
+    log_level: str
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Server to rank 0, rank 0 to all: compute this video."""
+
+    generation: str
+    video: VideoRequest
+
+
+class Stop(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Server to rank 0, rank 0 to all: leave the loop and end."""
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Server to rank 0: leave this generation at the next step boundary. Ignored when it is not running."""
+
+    generation: str
+
+
+class SlotFreed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Server to rank 0: the frame in this slot of the ring was taken."""
+
+    slot: int
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Every rank to the server: the model is loaded."""
+
+    rank: int
+    device: str
+    dtype: str
+    attention: str
+    used_bytes: int
+
+
+class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Any rank to the server: the model cannot be loaded, and trying again would not help."""
+
+    rank: int
+    message: str
+
+
+class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rank 0 to the server: a stage began or the device finished a step of it."""
+
+    progress: Progress
+
+
+class FrameReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rank 0 to the server: one RGB24 frame stands in this slot of the ring."""
+
+    slot: int
+
+
+class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
+    used_bytes: int
+    peak_bytes: int
+
+
+class RunEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rank 0 to the server: the group is free again."""
+
+    generation: str
+    memory: tuple[MemoryUse, ...]
+    """By rank."""
+    cancelled: bool = False
+    failure: Failure | None = None
+
+
+Order: TypeAlias = Run | Stop
+ToRank: TypeAlias = Run | Stop | Cancel | SlotFreed
+FromRank: TypeAlias = Ready | LoadFailed | StepDone | FrameReady | RunEnded
+
+_configs = msgspec.msgpack.Decoder(RankConfig)
+_encoder = msgspec.msgpack.Encoder()
+_orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
+_to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+_from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
+
+
+def encode(message: ToRank | FromRank | RankConfig) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_order(data: bytes) -> Order:
+    return _orders.decode(data)
+
+
+def decode_to_rank(data: bytes) -> ToRank:
+    return _to_rank.decode(data)
+
+
+def decode_from_rank(data: bytes) -> FromRank:
+    return _from_rank.decode(data)
+
+
+def decode_config(data: bytes) -> RankConfig:
+    return _configs.decode(data)
