@@ -1,0 +1,1 @@
+"""What is kept on disk while the server runs. Knows files; does not know what is in them."""
