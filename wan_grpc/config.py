@@ -1,0 +1,404 @@
+"""The settings of every command, defined once: each field is a flag, a WAN_GRPC_* variable and a key of a YAML file.
+
+The only reader of the command line, the environment and the configuration file. Does not know what a setting does.
+"""
+
+import difflib
+import os
+import textwrap
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from wan_grpc.domain.variants import OutputFormat
+
+ENV_PREFIX: Final = "WAN_GRPC_"
+OFF: Final = -1
+NOT_YET: Final = frozenset(
+    {
+        "dit_cpu_offload",
+        "dit_layerwise_offload",
+        "enable_cfg_parallel",
+        "image_encoder_cpu_offload",
+        "image_path",
+        "lora_path",
+        "pin_cpu_memory",
+        "ring_degree",
+        "sp_degree",
+        "text_encoder_cpu_offload",
+        "tp_size",
+        "ulysses_degree",
+        "vae_cpu_offload",
+        "vae_path",
+    }
+)
+"""Settings that servers of Wan2.2 are known to have and this version has not: refused by name."""
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _setting(default: Any, text: str, *, group: str) -> Any:
+    return Field(default, description=text, json_schema_extra={"group": group})
+
+
+_TYPE_WORDS: Final = {"str": "TEXT", "int": "N", "float": "X", "Path": "PATH"}
+
+
+class UsageError(Exception):
+    """Settings that cannot be used, every fault with the name under which it was given."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class Settings(BaseSettings):
+    """What every command takes."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX, cli_parse_none_str="\0")
+    command: ClassVar[str]
+
+    config: Path | None = _setting(None, "YAML file with settings, one `some_name: value` a line", group="general")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "the least severe messages to log", group="general"
+    )
+    log_format: Literal["auto", "console", "json"] = _setting(
+        "auto", "how to log to stderr; auto: console on a terminal, else json", group="general"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # `load` merges the others, while it still knows where each value came from
+
+
+class RankSettings(Settings):
+    """The model and the processes that compute with it."""
+
+    model_path: str | None = _setting(
+        None,
+        "directory in the published diffusers layout, or a hub id; unset: a tiny embedded model that knows nothing",
+        group="model and ranks",
+    )
+    load_format: Literal["auto", "dummy"] = _setting(
+        "auto",
+        "auto: the checkpoint's safetensors; dummy: random weights of the same shapes, for benchmarks",
+        group="model and ranks",
+    )
+    device: Literal["auto", "cuda", "cpu"] = _setting(
+        "auto", "where the ranks compute; auto: cuda where there is one", group="model and ranks"
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = _setting(
+        "auto", "of the transformers; auto: bfloat16 on cuda, float32 on the CPU", group="model and ranks"
+    )
+    num_gpus: Count = _setting(
+        1,
+        "number of ranks, one process and one device each; in this version they all compute the same video, each for "
+        "itself, so more than one is no faster",
+        group="model and ranks",
+    )
+    cpu_threads: Count | None = _setting(
+        None, "CPU threads of each rank; unset: the cores, divided by the ranks", group="model and ranks"
+    )
+    start_timeout_s: Seconds = _setting(1800.0, "longest time for the ranks to load the model", group="model and ranks")
+    max_failed_starts: Count = _setting(
+        3, "the process ends when the ranks fail to start this often within the window", group="model and ranks"
+    )
+    failed_start_window_s: Seconds = _setting(600.0, "the window of --max-failed-starts", group="model and ranks")
+    max_area: Count = _setting(1280 * 720, "most pixels of a frame", group="limits of a request")
+    max_num_frames: Count = _setting(161, "most frames of a video", group="limits of a request")
+    max_inference_steps: Count = _setting(200, "most denoising steps of a video", group="limits of a request")
+    spool_dir: Path | None = _setting(
+        None, "directory for videos and frames in the making; unset: the system's for temporary files", group="storage"
+    )
+
+
+class ServeSettings(RankSettings):
+    """Start a server and run until it is told to stop."""
+
+    command = "serve"
+
+    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", group="network")
+    port: Port = _setting(3000, "port to listen on; 0: a free one, printed on stdout", group="network")
+    metrics_host: str | None = _setting(None, "address of the metrics; unset: that of --host", group="network")
+    metrics_port: Annotated[int, Field(ge=OFF, le=65535)] = _setting(
+        9464, "port of the Prometheus metrics; 0: a free one, -1: none", group="network"
+    )
+    keepalive_time_s: Seconds = _setting(60.0, "silence after which the server pings a client", group="network")
+    keepalive_timeout_s: Seconds = _setting(20.0, "unanswered, that ping ends the connection after", group="network")
+    min_ping_interval_s: Seconds = _setting(
+        5.0, "clients that ping more often than this are cut off; theirs must be above it", group="network"
+    )
+    max_connection_age_s: Seconds | None = _setting(
+        None, "age at which a connection is asked to end once its calls have; unset: never", group="network"
+    )
+    max_connection_age_grace_s: Seconds | None = _setting(
+        None, "cut the calls of such a connection after this time; unset: never", group="network"
+    )
+    max_concurrent_rpcs: Count | None = _setting(
+        None, "calls served at once, health checks included; unset: no bound", group="network"
+    )
+    max_queue: Annotated[int, Field(ge=0)] = _setting(
+        16, "generations that may wait; further ones are refused", group="generations"
+    )
+    detach_grace_s: Annotated[float, Field(ge=0)] = _setting(
+        15.0, "a generation that nobody watches is cancelled after this time; inf: never", group="generations"
+    )
+    heartbeat_s: Annotated[float, Field(gt=0, le=15)] = _setting(
+        15.0, "silence on a stream after which it carries a heartbeat; at most 15", group="generations"
+    )
+    drain_timeout_s: SecondsOrNone = _setting(
+        30.0, "on SIGTERM: time for accepted work to end before it is cancelled", group="generations"
+    )
+    max_encoding: Count = _setting(
+        4, "videos that may still be encoded while the ranks compute later ones", group="generations"
+    )
+    retain_s: SecondsOrNone = _setting(
+        3600.0, "how long an ended generation and its video can be asked for", group="storage"
+    )
+    retain_count: Annotated[int, Field(ge=0)] = _setting(64, "and how many of them at most", group="storage")
+
+
+class GenerateSettings(RankSettings):
+    """Generate one video without a server: the same engine, the same ranks."""
+
+    command = "generate"
+
+    prompt: str = Field(description="what the video shows", json_schema_extra={"group": "video"})
+    negative_prompt: str | None = _setting(None, "what it should not show", group="video")
+    width: int | None = _setting(None, "pixels; unset, here and below: as the model recommends", group="video")
+    height: int | None = _setting(None, "pixels", group="video")
+    num_frames: int | None = _setting(None, "one more than a multiple of 4", group="video")
+    fps: int | None = _setting(None, "frames a second of the file", group="video")
+    num_inference_steps: int | None = _setting(None, "denoising steps", group="video")
+    guidance_scale: float | None = _setting(None, "of the high-noise expert", group="video")
+    guidance_scale_2: float | None = _setting(None, "of the low-noise expert", group="video")
+    flow_shift: float | None = _setting(None, "of the noise schedule", group="video")
+    boundary_ratio: float | None = _setting(
+        None, "share of the timesteps at and above which the high-noise expert works", group="video"
+    )
+    seed: int | None = _setting(None, "unset: a random one, which is printed", group="video")
+    output_format: OutputFormat = _setting(OutputFormat.MP4_H264, "of the file", group="output")
+    save_output: bool = _setting(True, "write the video to a file; false: only compute it", group="output")
+    output_path: Path = _setting(Path("outputs"), "directory of the file", group="output")
+    output_file_name: str | None = _setting(None, "unset: made from the prompt and the seed", group="output")
+
+
+class ModelsSettings(Settings):
+    """Print what a running server can do."""
+
+    command = "models"
+
+    address: str = _setting("127.0.0.1:3000", "HOST:PORT of the server", group="server")
+    timeout_s: Seconds = _setting(10.0, "longest time to wait for its answer", group="server")
+
+
+class MakeTinyModelSettings(Settings):
+    """Write the embedded model, a tiny checkpoint with random weights in the published layout, to a directory."""
+
+    command = "make-tiny-model"
+
+    directory: CliPositionalArg[Path] = Field(description="a new or empty directory")
+
+
+COMMANDS: Final[tuple[type[Settings], ...]] = (ServeSettings, GenerateSettings, ModelsSettings, MakeTinyModelSettings)
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(settings: type[S], argv: Sequence[str], environment: Mapping[str, str] | None = None) -> S:
+    """The settings of one command: flags before environment before configuration file before defaults.
+
+    Raises:
+        UsageError: naming every setting that is unknown or wrong.
+        SystemExit: after `--help`.
+    """
+    environment = os.environ if environment is None else environment
+    flags, problems = _read_flags(settings, argv)
+    variables, unknown_variables = _read_environment(settings, environment)
+    path = flags.get("config") or variables.get("config")
+    keys, unknown_keys = _read_file(settings, Path(path)) if path else ({}, [])
+    problems = [*problems, *unknown_variables, *unknown_keys]
+    origins = {
+        **{name: f"{path}: {name}" for name in keys},
+        **{name: _variable(name) for name in variables},
+        **{name: _flag(name) for name in flags},
+    }
+    try:
+        loaded = settings(**{**keys, **variables, **flags})
+    except ValidationError as error:
+        problems += [_sentence(detail, origins) for detail in error.errors(include_url=False)]
+    if problems:
+        raise UsageError(problems)
+    return loaded
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError([message])
+
+
+def _read_flags(settings: type[Settings], argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    unknown: list[str] = []
+
+    def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+        found, rest = parser.parse_known_args(arguments)
+        unknown.extend(rest)
+        return found
+
+    parser = _Parser(
+        prog=f"wan-grpc {settings.command}",
+        usage=f"%(prog)s {_usage(settings)}",
+        description=settings.__doc__,
+        epilog=textwrap.fill(
+            f"--some-name VALUE is also {ENV_PREFIX}SOME_NAME=VALUE in the environment and `some_name: VALUE` in the "
+            "file of --config. A flag wins over the environment, the environment over the file.",
+            100,
+        ),
+        allow_abbrev=False,
+    )
+    source = CliSettingsSource[_Parser](
+        settings,
+        root_parser=parser,
+        cli_parse_args=list(argv),
+        parse_args_method=parse,
+        add_argument_method=_argument_adder(settings),
+        cli_hide_none_type=True,
+        cli_kebab_case=True,
+        formatter_class=None,
+    )
+    return source(), list(_unknown_flags(settings, unknown))
+
+
+def _usage(settings: type[Settings]) -> str:
+    required = [name for name, field in settings.model_fields.items() if field.is_required()]
+    words = (name.upper() if _group(settings, name) is None else f"{_flag(name)} VALUE" for name in required)
+    return " ".join([*words, "[--flag VALUE]..."])
+
+
+def _group(settings: type[Settings], name: str) -> str | None:
+    extra = settings.model_fields[name].json_schema_extra
+    return str(extra["group"]) if isinstance(extra, dict) else None
+
+
+def _argument_adder(settings: type[Settings]) -> Callable[..., None]:
+    """Puts every flag under the heading of its group, in words for people."""
+    groups: dict[str, _ArgumentGroup] = {}
+
+    def add(parser: ArgumentParser, *names: str, **options: Any) -> None:
+        name = options.get("dest", names[0])
+        group = _group(settings, name)
+        if group is None:
+            parser.add_argument(*names, **options)
+            return
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(*names, **{**options, **_words(settings, name, options["metavar"])})
+
+    return add
+
+
+def _words(settings: type[Settings], name: str, type_name: str) -> dict[str, Any]:
+    field = settings.model_fields[name]
+    shown = f" (default: {field.default})" if field.default is not None and not field.is_required() else ""
+    words: dict[str, Any] = {"help": f"{field.description}{shown}".replace("%", "%%"), "required": False}
+    if field.annotation is bool:  # --flag and --flag true mean the same
+        return {**words, "nargs": "?", "const": "true", "metavar": "{true,false}"}
+    if field.annotation is OutputFormat:
+        return {**words, "metavar": f"{{{','.join(OutputFormat)}}}"}
+    return {**words, "metavar": "SECONDS" if name.endswith("_s") else _TYPE_WORDS.get(type_name, type_name)}
+
+
+def _unknown_flags(settings: type[Settings], arguments: Sequence[str]) -> Iterator[str]:
+    """One sentence for each; what follows an unknown flag is taken for its value."""
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        flag, is_flag = argument.partition("=")[0], argument.startswith("--")
+        if is_flag:
+            yield _unknown(flag, flag.removeprefix("--").replace("-", "_"), settings.model_fields, spell=_flag)
+        elif not previous.startswith("--"):
+            yield f"unexpected argument {argument!r}"
+
+
+# ---- environment and file -------------------------------------------------------------------------------------------
+
+
+def _read_environment(settings: type[Settings], environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Values for this command. Those of other commands are known and left alone; an empty one counts as unset."""
+    given = {name: value for name, value in environment.items() if name.startswith(ENV_PREFIX) and value}
+    known = _all_names()
+    values, problems = {}, []
+    for variable, value in given.items():
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name not in known or variable != _variable(name):
+            problems.append(_unknown(variable, name, known, spell=_variable))
+        elif name in settings.model_fields:
+            values[name] = value
+    return values, problems
+
+
+def _read_file(settings: type[Settings], path: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError([f"{path}: cannot be read: {' '.join(str(error).split())}"]) from error
+    if content is None:
+        return {}, []
+    if not isinstance(content, dict):
+        raise UsageError([f"{path}: is not a mapping of names to values"])
+    known = _all_names() - {"config"}
+    problems = [_unknown(f"{path}: {key}", str(key), known, spell=str) for key in content if key not in known]
+    return {key: value for key, value in content.items() if key in settings.model_fields and key in known}, problems
+
+
+def _all_names() -> frozenset[str]:
+    return frozenset(name for settings in COMMANDS for name in settings.model_fields)
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _variable(name: str) -> str:
+    return ENV_PREFIX + name.upper()
+
+
+def _unknown(given: str, name: str, known: Iterable[str], *, spell: Callable[[str], str]) -> str:
+    if name in NOT_YET:
+        return f"{given}: not served by this version yet"
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"{given}: unknown setting" + (f"; did you mean {spell(close[0])}?" if close else "")
+
+
+def _sentence(detail: ErrorDetails, origins: Mapping[str, str]) -> str:
+    name = str(detail["loc"][0])
+    if detail["type"] == "missing":
+        return f"{_flag(name)} (or {_variable(name)}): must be given"
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{origins.get(name, _flag(name))}: {message}, not {detail['input']!r}"
