@@ -1,0 +1,1 @@
+"""What one device computes: text, noise, denoising, decoding. Knows no ranks and no queue."""

@@ -1,0 +1,76 @@
+"""The denoising loop.
+
+Knows who predicts at each step and how predictions are guided. Does not know how noise is drawn or pixels are made.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from wan_grpc.domain.events import Progress, Stage
+from wan_grpc.domain.request import VideoRequest
+from wan_grpc.domain.variants import Expert
+from wan_grpc.pipeline.device import Stopwatch
+from wan_grpc.pipeline.experts import Choice, choose
+from wan_grpc.pipeline.schedule import Schedule
+from wan_grpc.pipeline.transformer import WanTransformer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """What a video is to show and what not, as text embeddings [1, 512, text_dim]."""
+
+    positive: torch.Tensor
+    negative: torch.Tensor | None
+    """None when no step is guided."""
+
+
+@torch.no_grad()
+def denoise(
+    latents: torch.Tensor,
+    *,
+    video: VideoRequest,
+    prompts: Prompts,
+    schedule: Schedule,
+    transformers: Mapping[Expert, WanTransformer],
+    on_step: Callable[[Progress], None],
+) -> torch.Tensor:
+    """From noise to the latents of a video. [1, C, F, h, w] in and out, fp32.
+
+    `on_step` is called before the first step and whenever the device has finished one; what it raises leaves the loop.
+    """
+    total = len(schedule.timesteps)
+    on_step(Progress(stage=Stage.DENOISE, step=0, total_steps=total))
+    for index, timestep in enumerate(schedule.timesteps):
+        watch = Stopwatch(latents.device)
+        choice = choose(video, timestep, num_train_timesteps=schedule.num_train_timesteps)
+        noise = predict(transformers[choice.expert], latents, schedule.device_timesteps[index], prompts, choice)
+        latents = schedule.step(index, noise, latents)
+        finished = Progress(
+            stage=Stage.DENOISE,
+            step=index + 1,
+            total_steps=total,
+            expert=choice.expert,
+            step_time_s=watch.finish(),
+        )
+        on_step(finished)
+    return latents
+
+
+def predict(
+    transformer: WanTransformer, latents: torch.Tensor, timestep: torch.Tensor, prompts: Prompts, choice: Choice
+) -> torch.Tensor:
+    """The flow that one expert sees in the latents, guided away from the negative prompt. [1, C, F, h, w], fp32.
+
+    Classifier-free guidance (Ho and Salimans, 2022): uncond + scale * (cond - uncond), in fp32 whatever the experts use,
+    because the scale multiplies their rounding errors too.
+    """
+    seen = latents.to(transformer.compute_dtype)
+    timestep = timestep.expand(latents.shape[0])
+    conditional = transformer.predict(seen, timestep, prompts.positive).float()
+    if not choice.is_guided:
+        return conditional
+    assert prompts.negative is not None, "a guided step needs the negative prompt"
+    unconditional = transformer.predict(seen, timestep, prompts.negative).float()
+    return unconditional + choice.guidance_scale * (conditional - unconditional)

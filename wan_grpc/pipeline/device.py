@@ -1,0 +1,95 @@
+"""The device that this process computes on: its name, its memory, and when it has finished.
+
+Knows CUDA (and ROCm, which torch calls cuda) and CPU. Does not know what is computed.
+"""
+
+import contextlib
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from wan_grpc.domain.errors import UnusableModelError
+
+
+def resolve_device(device: str, *, local_rank: int = 0) -> str:
+    """The torch device that `auto`, `cuda`, `cuda:1` or `cpu` means here; `auto` is the GPU if there is one.
+
+    Raises:
+        UnusableModelError: a GPU is asked for that this machine does not have.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UnusableModelError(f"device {device} is not one of auto, cuda, cuda:N, cpu")
+    if kind == "cuda" and int(index) >= torch.cuda.device_count():
+        raise UnusableModelError(f"device {device}: torch sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """What an operator calls it, e.g. `NVIDIA H200 (cuda:0)`."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def used_bytes(device: torch.device) -> int:
+    """Memory held now: by tensors on a GPU, resident set size on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return used_bytes(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # not Linux, or a sandbox that forbids it: the peak is then that of the process
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+class Stopwatch:
+    """Times one piece of work as the device does it, and waits for its end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._begin: float | torch.cuda.Event = self._mark()
+
+    def finish(self) -> float:
+        """Wait until the device has finished all work enqueued so far; seconds since this was made."""
+        end = self._mark()
+        if isinstance(self._begin, float):
+            assert isinstance(end, float)
+            return end - self._begin
+        assert isinstance(end, torch.cuda.Event)
+        end.synchronize()
+        return self._begin.elapsed_time(end) / 1000.0
+
+    def _mark(self) -> "float | torch.cuda.Event":
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

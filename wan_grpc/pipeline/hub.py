@@ -1,0 +1,49 @@
+"""Brings a checkpoint from the Hugging Face Hub, or from its local cache, to a directory.
+
+Knows which files are wanted and what each refusal means for an operator. Does not know what is in the files.
+"""
+
+from pathlib import Path
+from typing import Final
+
+from wan_grpc.domain.errors import UnusableModelError
+
+CONFIG_PATTERNS: Final = ("*.json", "tokenizer/*.model", "tokenizer/*.txt")
+WEIGHT_PATTERNS: Final = (*CONFIG_PATTERNS, "*.safetensors")
+
+
+def fetch(repository: str, *, with_weights: bool) -> Path:
+    """Directory of the snapshot of `repository`, downloaded where it is not in the cache.
+
+    Raises:
+        UnusableModelError: it cannot be had, with the reason and what would help.
+    """
+    from huggingface_hub import constants, errors, snapshot_download  # half a second, only for those who need it
+
+    patterns = list(WEIGHT_PATTERNS if with_weights else CONFIG_PATTERNS)
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except errors.HFValidationError as error:
+        raise UnusableModelError(f"{repository} is neither a directory nor a hub id such as owner/name") from error
+    except errors.GatedRepoError as error:
+        raise UnusableModelError(
+            f"{repository} is gated: accept its terms on huggingface.co and set HF_TOKEN to a token of that account"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UnusableModelError(
+            f"{repository} is no directory here and no model on huggingface.co (or it is private and HF_TOKEN is not set)"
+        ) from error
+    except (OSError, errors.HfHubHTTPError) as error:
+        raise UnusableModelError(_unreachable(repository, offline=constants.HF_HUB_OFFLINE, error=error)) from error
+
+
+def _unreachable(repository: str, *, offline: bool, error: Exception) -> str:
+    if offline:
+        return (
+            f"{repository} is no directory here and not whole in the local cache, and HF_HUB_OFFLINE forbids a download"
+        )
+    detail = str(error).strip().splitlines()
+    return (
+        f"{repository} is no directory here, not whole in the local cache, and cannot be downloaded: "
+        f"{detail[0] if detail else type(error).__name__}"
+    )

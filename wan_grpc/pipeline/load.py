@@ -1,0 +1,132 @@
+"""A checkpoint becomes a pipeline on one device.
+
+Knows the components, their dtypes and where each comes from. Does not know what they compute together.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from wan_grpc.domain.errors import UnusableModelError
+from wan_grpc.domain.variants import Expert
+from wan_grpc.pipeline.checkpoint import DUMMY, LOAD_FORMATS, Checkpoint
+from wan_grpc.pipeline.device import resolve_device
+from wan_grpc.pipeline.layout import TOKENIZER_FILES
+from wan_grpc.pipeline.text import TextEncoder
+from wan_grpc.pipeline.tokenizer import END, PAD, UNKNOWN, byte_tokenizer
+from wan_grpc.pipeline.transformer import AttentionFunction, WanTransformer, torch_attention
+from wan_grpc.pipeline.video import VideoPipeline
+from wan_grpc.pipeline.weights import random_weights, read_weights
+
+DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_DUMMY_SEEDS: Final = {"text_encoder": 1, "vae": 2, "transformer": 3, "transformer_2": 4}
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load(
+    checkpoint: Checkpoint,
+    *,
+    device: str,
+    dtype: str,
+    load_format: str,
+    attention: AttentionFunction | None = None,
+    attention_name: str = "torch_sdpa",
+    vae_dtype: str = "float32",
+) -> VideoPipeline:
+    """Build every component on `device` and fill it from the checkpoint, or with random values (`dummy`).
+
+    dtype: of the experts and the text encoder, `bfloat16` or `float32`; norms and modulation stay in fp32.
+    attention: self-attention of the experts, torch's own if None; `attention_name` is what operators read.
+    vae_dtype: fp32 unless told, as the reference runs it: on an H200 that costs 1 s of decoding an 81-frame 480p video,
+        and rounding in the last layers would show in flat areas.
+
+    Raises:
+        UnusableModelError: the device or a value is not to be had, or the files do not fit their configs.
+    """
+    builder = _Builder(checkpoint, torch.device(resolve_device(device)), is_dummy=_is_dummy(load_format))
+    compute, vae = _dtype(dtype), _dtype(vae_dtype)
+    transformers = {
+        Expert.HIGH_NOISE: builder.transformer("transformer", compute),
+        Expert.LOW_NOISE: builder.transformer("transformer_2", compute),
+    }
+    for transformer in transformers.values():
+        transformer.set_attention(attention or torch_attention)
+    return VideoPipeline(
+        text_encoder=TextEncoder(builder.tokenizer(), builder.text_model(compute)),
+        transformers=transformers,
+        vae=builder.vae(vae),
+        scheduler_config=checkpoint.component("scheduler"),
+        device=builder.device,
+        attention_name=attention_name,
+    )
+
+
+def _is_dummy(load_format: str) -> bool:
+    if load_format not in LOAD_FORMATS:
+        raise UnusableModelError(f"load format {load_format} is not one of {', '.join(LOAD_FORMATS)}")
+    return load_format == DUMMY
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UnusableModelError(f"dtype {name} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+class _Builder:
+    """Makes each component on the meta device, where shapes cost nothing, then fills it where it is to stay."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, *, is_dummy: bool) -> None:
+        self.device = device
+        self._checkpoint = checkpoint
+        self._is_dummy = is_dummy
+
+    def transformer(self, component: str, dtype: torch.dtype) -> WanTransformer:
+        config = dict(self._checkpoint.component(component))
+        model = self._fill(component, lambda: WanTransformer.from_config(config), dtype)
+        # The tables of positions are no weights: they come from no file, and must not stay on the meta device.
+        model.rope = WanRotaryPosEmbed(
+            model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len
+        ).to(self.device)
+        return model
+
+    def vae(self, dtype: torch.dtype) -> AutoencoderKLWan:
+        config = dict(self._checkpoint.component("vae"))
+        return self._fill("vae", lambda: AutoencoderKLWan.from_config(config), dtype)
+
+    def text_model(self, dtype: torch.dtype) -> UMT5EncoderModel:
+        return self._fill("text_encoder", self._empty_text_model, dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        directory = self._checkpoint.directory
+        folder = None if directory is None else Path(directory, "tokenizer")
+        if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return PreTrainedTokenizerFast(
+                tokenizer_object=byte_tokenizer(), pad_token=PAD, eos_token=END, unk_token=UNKNOWN
+            )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return tokenizer
+
+    def _empty_text_model(self) -> UMT5EncoderModel:
+        model = UMT5EncoderModel(UMT5Config.from_dict(dict(self._checkpoint.component("text_encoder"))))
+        model.encoder.embed_tokens = model.shared  # one table: files name it once, under either name
+        return model
+
+    def _fill(self, component: str, make: Callable[[], M], dtype: torch.dtype) -> M:
+        with torch.device("meta"):
+            model = make()
+        in_fp32 = getattr(model, "_keep_in_fp32_modules", None) if component.startswith("transformer") else None
+        if self._is_dummy:
+            seed = _DUMMY_SEEDS[component]
+            random_weights(model, seed=seed, device=self.device, dtype=dtype, in_fp32=in_fp32 or ())
+        else:
+            files = self._checkpoint.weight_files(component)
+            read_weights(model, files, device=self.device, dtype=dtype, in_fp32=in_fp32 or ())
+        return model.eval().requires_grad_(False)

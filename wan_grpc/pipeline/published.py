@@ -1,0 +1,101 @@
+"""The configs of Wan-AI/Wan2.2-T2V-A14B-Diffusers as facts, so that its shapes are known where its files are not.
+
+Knows what the JSON files of the published repository say. Does not know what is done with them.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+T2V_A14B_ID: Final = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+
+_TRANSFORMER: Final = {
+    "_class_name": "WanTransformer3DModel",
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "ffn_dim": 13824,
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 40,
+    "num_layers": 40,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "pos_embed_seq_len": None,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": 4096,
+}
+
+T2V_A14B_CONFIGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "model_index.json": {
+        "_class_name": "WanPipeline",
+        "boundary_ratio": 0.875,
+        "expand_timesteps": False,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    },
+    "scheduler/scheduler_config.json": {
+        "_class_name": "UniPCMultistepScheduler",
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "disable_corrector": [],
+        "dynamic_thresholding_ratio": 0.995,
+        "final_sigmas_type": "zero",
+        "flow_shift": 12.0,
+        "lower_order_final": True,
+        "num_train_timesteps": 1000,
+        "predict_x0": True,
+        "prediction_type": "flow_prediction",
+        "rescale_betas_zero_snr": False,
+        "sample_max_value": 1.0,
+        "solver_order": 2,
+        "solver_p": None,
+        "solver_type": "bh2",
+        "steps_offset": 0,
+        "thresholding": False,
+        "timestep_spacing": "linspace",
+        "trained_betas": None,
+        "use_beta_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_flow_sigmas": True,
+        "use_karras_sigmas": False,
+    },
+    "text_encoder/config.json": {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "d_ff": 10240,
+        "d_kv": 64,
+        "d_model": 4096,
+        "decoder_start_token_id": 0,
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-06,
+        "num_decoder_layers": 24,
+        "num_heads": 64,
+        "num_layers": 24,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": 32,
+        "vocab_size": 256384,
+    },
+    "transformer/config.json": _TRANSFORMER,
+    "transformer_2/config.json": _TRANSFORMER,
+    "vae/config.json": {
+        "_class_name": "AutoencoderKLWan",
+        "attn_scales": [],
+        "base_dim": 96,
+        "dim_mult": [1, 2, 4, 4],
+        "dropout": 0.0,
+        "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True],
+        "z_dim": 16,
+    },
+}

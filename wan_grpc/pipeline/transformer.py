@@ -1,0 +1,144 @@
+"""The Wan transformer: diffusers' weights and blocks, our own forward.
+
+Knows how latents become tokens and back, and where self-attention is plugged in. Does not know experts, steps or ranks.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel
+
+AttentionFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(q, k, v) -> out, each [B, S, H, D]; S of k and v may differ from that of q. No mask, scale D ** -0.5."""
+
+RotaryEmbedding: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, each [1, S, 1, D], every value standing twice."""
+
+
+def torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """torch's scaled dot product attention with the backend that torch itself prefers. [B, S, H, D] in and out."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+class SelfAttention:
+    """Attention of the video tokens among themselves, through a function chosen elsewhere."""
+
+    def __init__(self, attention: AttentionFunction) -> None:
+        self._attention = attention
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        rotary_emb: RotaryEmbedding | None = None,
+    ) -> torch.Tensor:
+        """[B, S, inner_dim] in and out. The signature is that of a diffusers attention processor."""
+        assert rotary_emb is not None, "self-attention needs positions"
+        query, key = (
+            rotate(norm(projection(hidden_states)).unflatten(2, (attn.heads, -1)), *rotary_emb)
+            for projection, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
+        )
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        return _project_out(attn, self._attention(query, key, value))
+
+
+class TextAttention:
+    """Attention of the video tokens to the text."""
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: None = None,
+        rotary_emb: None = None,
+    ) -> torch.Tensor:
+        """[B, S, inner_dim] and [B, 512, inner_dim] in, [B, S, inner_dim] out."""
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+        return _project_out(attn, torch_attention(query, key, value))
+
+
+def _project_out(attn: WanAttention, attended: torch.Tensor) -> torch.Tensor:
+    projected: torch.Tensor = attn.to_out[0](attended.flatten(2, 3))
+    return projected  # to_out[1] is dropout, which does nothing outside training
+
+
+def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of values by the angle of its position (RoPE, Su et al., 2021). [B, S, H, D] in and out."""
+    even, odd = states.unflatten(-1, (-1, 2)).unbind(-1)
+    cosines, sines = cosines[..., 0::2], sines[..., 1::2]
+    rotated = torch.empty_like(states)
+    rotated[..., 0::2] = even * cosines - odd * sines
+    rotated[..., 1::2] = even * sines + odd * cosines
+    return rotated
+
+
+class WanTransformer(WanTransformer3DModel):
+    """One expert. Loads what WanTransformer3DModel loads, by the same names."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What latents are cast to on their way in; norms and modulation stay in fp32."""
+        return self.patch_embedding.weight.dtype
+
+    def set_attention(self, attention: AttentionFunction) -> None:
+        """Let self-attention of every block go through `attention`."""
+        for block in self.blocks:
+            block.attn1.set_processor(SelfAttention(attention))
+            block.attn2.set_processor(TextAttention())
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The flow at `timestep` [B] in `latents` [B, C, F, h, w], given `text` [B, 512, text_dim]. Shaped as latents.
+
+        Goes through the module's own call, so that hooks and wrappers put around it take part.
+        """
+        output: torch.Tensor = self(latents, timestep, text, return_dict=False)[0]
+        return output
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """See `predict`. The signature is that of diffusers, which its pipelines and caches rely on.
+
+        Raises:
+            ValueError: an image embedding or attention arguments, which text-to-video does not have.
+        """
+        if encoder_hidden_states_image is not None or attention_kwargs:
+            raise ValueError("encoder_hidden_states_image and attention_kwargs are not served by this transformer")
+        positions: RotaryEmbedding = self.rope(hidden_states)
+        temb, modulation, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
+        modulation = modulation.unflatten(1, (6, -1))
+        tokens = self.to_tokens(hidden_states)
+        for block in self.blocks:
+            tokens = block(tokens, text, modulation, positions)
+        output = self.to_latents(tokens, temb, hidden_states.shape)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, C, F, h, w] -> [B, S, inner_dim], one token for each patch, frame by frame, row by row."""
+        embedded: torch.Tensor = self.patch_embedding(latents)
+        return embedded.flatten(2).transpose(1, 2).contiguous()
+
+    def to_latents(self, tokens: torch.Tensor, temb: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """[B, S, inner_dim] -> [B, C_out, F, h, w] with F, h, w of `shape`; temb is [B, inner_dim]."""
+        shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+        tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
+        patches: torch.Tensor = self.proj_out(tokens)
+        time, rows, columns = self.config.patch_size
+        grid = (shape[2] // time, shape[3] // rows, shape[4] // columns)
+        patches = patches.unflatten(2, (time, rows, columns, -1)).unflatten(1, grid)
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
