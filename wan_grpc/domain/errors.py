@@ -19,6 +19,7 @@ class Reason(StrEnum):
     OFFSET_OUT_OF_RANGE = "OFFSET_OUT_OF_RANGE"
     # Nobody's fault: try again later.
     QUEUE_FULL = "QUEUE_FULL"
+    TOO_MANY_CALLS = "TOO_MANY_CALLS"
     SHUTTING_DOWN = "SHUTTING_DOWN"
     # The caller's wish.
     CANCELLED_BY_CALLER = "CANCELLED_BY_CALLER"

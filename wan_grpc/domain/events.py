@@ -42,6 +42,10 @@ class Accepted:
     """Resource name, `generations/{id}`."""
     video: VideoRequest
     warnings: tuple[str, ...] = ()
+    max_duration_s: float | None = None
+    """Bound on the whole job; None for no bound."""
+    detach_grace_s: float | None = None
+    """How long the job goes on with nobody watching, UNLIMITED_S for ever; None when that is not told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,3 +174,5 @@ class Generation:
     failure: Failure | None = None
     request_id: str | None = None
     warnings: tuple[str, ...] = ()
+    max_duration_s: float | None = None
+    detach_grace_s: float | None = None

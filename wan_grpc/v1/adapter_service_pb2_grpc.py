@@ -28,8 +28,8 @@ if _version_not_supported:
 class AdapterServiceStub(object):
     """Adapters that requests may name. For operators: a server may refuse these methods to others.
 
-    Every method may also end in UNAUTHENTICATED (send credentials), PERMISSION_DENIED (ask the operator) and
-    UNIMPLEMENTED (this server does not serve adapters; GetModel says so).
+    Errors are told as by VideoGenerationService. Every method may also end in RESOURCE_EXHAUSTED with reason
+    TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     def __init__(self, channel):
@@ -58,8 +58,8 @@ class AdapterServiceStub(object):
 class AdapterServiceServicer(object):
     """Adapters that requests may name. For operators: a server may refuse these methods to others.
 
-    Every method may also end in UNAUTHENTICATED (send credentials), PERMISSION_DENIED (ask the operator) and
-    UNIMPLEMENTED (this server does not serve adapters; GetModel says so).
+    Errors are told as by VideoGenerationService. Every method may also end in RESOURCE_EXHAUSTED with reason
+    TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     def LoadAdapter(self, request, context):
@@ -143,8 +143,8 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 class AdapterService(object):
     """Adapters that requests may name. For operators: a server may refuse these methods to others.
 
-    Every method may also end in UNAUTHENTICATED (send credentials), PERMISSION_DENIED (ask the operator) and
-    UNIMPLEMENTED (this server does not serve adapters; GetModel says so).
+    Errors are told as by VideoGenerationService. Every method may also end in RESOURCE_EXHAUSTED with reason
+    TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     @staticmethod

@@ -29,8 +29,8 @@ GRPC_VERSION: str
 class AdapterServiceStub:
     """Adapters that requests may name. For operators: a server may refuse these methods to others.
 
-    Every method may also end in UNAUTHENTICATED (send credentials), PERMISSION_DENIED (ask the operator) and
-    UNIMPLEMENTED (this server does not serve adapters; GetModel says so).
+    Errors are told as by VideoGenerationService. Every method may also end in RESOURCE_EXHAUSTED with reason
+    TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     @_typing.overload
@@ -82,8 +82,8 @@ class AdapterServiceStub:
 class AdapterServiceAsyncStub(AdapterServiceStub):
     """Adapters that requests may name. For operators: a server may refuse these methods to others.
 
-    Every method may also end in UNAUTHENTICATED (send credentials), PERMISSION_DENIED (ask the operator) and
-    UNIMPLEMENTED (this server does not serve adapters; GetModel says so).
+    Errors are told as by VideoGenerationService. Every method may also end in RESOURCE_EXHAUSTED with reason
+    TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -131,8 +131,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Adapters that requests may name. For operators: a server may refuse these methods to others.
 
-    Every method may also end in UNAUTHENTICATED (send credentials), PERMISSION_DENIED (ask the operator) and
-    UNIMPLEMENTED (this server does not serve adapters; GetModel says so).
+    Errors are told as by VideoGenerationService. Every method may also end in RESOURCE_EXHAUSTED with reason
+    TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     @_abc_1.abstractmethod

@@ -193,8 +193,7 @@ class GenerationSpec(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., fps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_scale_2: _Optional[float] = ..., flow_shift: _Optional[float] = ..., boundary_ratio: _Optional[float] = ..., seed: _Optional[int] = ..., image: _Optional[bytes] = ..., last_image: _Optional[bytes] = ..., image_fit: _Optional[_Union[ImageFit, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., encoding: _Optional[_Union[EncodingOptions, _Mapping]] = ..., preview_every_steps: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterUse, _Mapping]]] = ..., acceleration_profile: _Optional[str] = ..., max_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., detach_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., detach_unlimited: bool = ...) -> None: ...
 
 class ResolvedSpec(_message.Message):
-    __slots__ = ("task", "prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "fps", "guidance_scale", "guidance_scale_2", "flow_shift", "boundary_ratio", "seed", "image_sha256", "last_image_sha256", "image_fit", "output_format", "encoding", "preview_every_steps", "adapters", "acceleration_profile", "max_duration", "detach_grace", "detach_unlimited")
-    TASK_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "fps", "guidance_scale", "guidance_scale_2", "flow_shift", "boundary_ratio", "seed", "image_sha256", "last_image_sha256", "image_fit", "output_format", "encoding", "preview_every_steps", "adapters", "acceleration_profile", "max_duration", "detach_grace", "detach_unlimited")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -218,7 +217,6 @@ class ResolvedSpec(_message.Message):
     MAX_DURATION_FIELD_NUMBER: _ClassVar[int]
     DETACH_GRACE_FIELD_NUMBER: _ClassVar[int]
     DETACH_UNLIMITED_FIELD_NUMBER: _ClassVar[int]
-    task: Task
     prompt: str
     negative_prompt: str
     width: int
@@ -242,7 +240,7 @@ class ResolvedSpec(_message.Message):
     max_duration: _duration_pb2.Duration
     detach_grace: _duration_pb2.Duration
     detach_unlimited: bool
-    def __init__(self, task: _Optional[_Union[Task, str]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., fps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_scale_2: _Optional[float] = ..., flow_shift: _Optional[float] = ..., boundary_ratio: _Optional[float] = ..., seed: _Optional[int] = ..., image_sha256: _Optional[str] = ..., last_image_sha256: _Optional[str] = ..., image_fit: _Optional[_Union[ImageFit, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., encoding: _Optional[_Union[EncodingOptions, _Mapping]] = ..., preview_every_steps: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterUse, _Mapping]]] = ..., acceleration_profile: _Optional[str] = ..., max_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., detach_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., detach_unlimited: bool = ...) -> None: ...
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., fps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_scale_2: _Optional[float] = ..., flow_shift: _Optional[float] = ..., boundary_ratio: _Optional[float] = ..., seed: _Optional[int] = ..., image_sha256: _Optional[str] = ..., last_image_sha256: _Optional[str] = ..., image_fit: _Optional[_Union[ImageFit, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., encoding: _Optional[_Union[EncodingOptions, _Mapping]] = ..., preview_every_steps: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterUse, _Mapping]]] = ..., acceleration_profile: _Optional[str] = ..., max_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., detach_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., detach_unlimited: bool = ...) -> None: ...
 
 class GenerationError(_message.Message):
     __slots__ = ("reason", "code", "message", "retry_delay")
@@ -315,14 +313,12 @@ class GenerationEvent(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[str] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., preview: _Optional[_Union[Preview, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., video_info: _Optional[_Union[VideoInfo, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("resolved", "warnings", "request_id")
+    __slots__ = ("resolved", "warnings")
     RESOLVED_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     resolved: ResolvedSpec
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    request_id: str
-    def __init__(self, resolved: _Optional[_Union[ResolvedSpec, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, resolved: _Optional[_Union[ResolvedSpec, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Queued(_message.Message):
     __slots__ = ("position", "eta")

@@ -39,7 +39,8 @@ class VideoGenerationServiceStub(object):
     `wan-generation` carry the first two as soon as they are known.
 
     A stream that ends in INTERNAL or UNKNOWN without an ErrorInfo was cut by a proxy: treat it as UNAVAILABLE. Every
-    method may also end in UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
+    method may also end in RESOURCE_EXHAUSTED with reason TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED
+    (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     def __init__(self, channel):
@@ -109,7 +110,8 @@ class VideoGenerationServiceServicer(object):
     `wan-generation` carry the first two as soon as they are known.
 
     A stream that ends in INTERNAL or UNKNOWN without an ErrorInfo was cut by a proxy: treat it as UNAVAILABLE. Every
-    method may also end in UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
+    method may also end in RESOURCE_EXHAUSTED with reason TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED
+    (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     def Generate(self, request, context):
@@ -342,7 +344,8 @@ class VideoGenerationService(object):
     `wan-generation` carry the first two as soon as they are known.
 
     A stream that ends in INTERNAL or UNKNOWN without an ErrorInfo was cut by a proxy: treat it as UNAVAILABLE. Every
-    method may also end in UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
+    method may also end in RESOURCE_EXHAUSTED with reason TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED
+    (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     @staticmethod

@@ -40,7 +40,8 @@ class VideoGenerationServiceStub:
     `wan-generation` carry the first two as soon as they are known.
 
     A stream that ends in INTERNAL or UNKNOWN without an ErrorInfo was cut by a proxy: treat it as UNAVAILABLE. Every
-    method may also end in UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
+    method may also end in RESOURCE_EXHAUSTED with reason TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED
+    (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     @_typing.overload
@@ -187,7 +188,8 @@ class VideoGenerationServiceAsyncStub(VideoGenerationServiceStub):
     `wan-generation` carry the first two as soon as they are known.
 
     A stream that ends in INTERNAL or UNKNOWN without an ErrorInfo was cut by a proxy: treat it as UNAVAILABLE. Every
-    method may also end in UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
+    method may also end in RESOURCE_EXHAUSTED with reason TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED
+    (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -330,7 +332,8 @@ class VideoGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     `wan-generation` carry the first two as soon as they are known.
 
     A stream that ends in INTERNAL or UNKNOWN without an ErrorInfo was cut by a proxy: treat it as UNAVAILABLE. Every
-    method may also end in UNAUTHENTICATED (send credentials) and PERMISSION_DENIED (ask the operator).
+    method may also end in RESOURCE_EXHAUSTED with reason TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED
+    (send credentials) and PERMISSION_DENIED (ask the operator).
     """
 
     @_abc_1.abstractmethod
