@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
@@ -70,7 +69,9 @@ class UsageError(Exception):
 class Settings(BaseSettings):
     """What every command takes."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX, cli_parse_none_str="\0")
+    model_config = SettingsConfigDict(
+        defer_build=True, frozen=True, extra="forbid", env_prefix=ENV_PREFIX, cli_parse_none_str="\0"
+    )
     command: ClassVar[str]
 
     config: Path | None = _setting(None, "YAML file with settings, one `some_name: value` a line", group="general")
@@ -361,6 +362,8 @@ def _read_environment(settings: type[Settings], environment: Mapping[str, str]) 
 
 
 def _read_file(settings: type[Settings], path: Path) -> tuple[dict[str, Any], list[str]]:
+    import yaml  # only those who have a file wait for it
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -369,9 +372,11 @@ def _read_file(settings: type[Settings], path: Path) -> tuple[dict[str, Any], li
         return {}, []
     if not isinstance(content, dict):
         raise UsageError([f"{path}: is not a mapping of names to values"])
-    known = _all_names() - {"config"}
+    known = _all_names()
     problems = [_unknown(f"{path}: {key}", str(key), known, spell=str) for key in content if key not in known]
-    return {key: value for key, value in content.items() if key in settings.model_fields and key in known}, problems
+    if "config" in content:
+        problems.append(f"{path}: config: not for a file")
+    return {key: value for key, value in content.items() if key in settings.model_fields}, problems
 
 
 def _all_names() -> frozenset[str]:
@@ -392,6 +397,8 @@ def _variable(name: str) -> str:
 def _unknown(given: str, name: str, known: Iterable[str], *, spell: Callable[[str], str]) -> str:
     if name in NOT_YET:
         return f"{given}: not served by this version yet"
+    if name in _all_names() and name not in known:
+        return f"{given}: a setting of another command"
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"{given}: unknown setting" + (f"; did you mean {spell(close[0])}?" if close else "")
 

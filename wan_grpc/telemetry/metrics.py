@@ -17,6 +17,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
+    disable_created_metrics,
     start_http_server,
 )
 
@@ -50,6 +51,7 @@ class Metrics:
     """Every metric of one server process."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a second series for each one, which nobody reads
         self.registry = CollectorRegistry()
         self._requests = self._counter(
             "wan_requests", "Requests by how they ended and why; refused ones never began.", ["outcome", "reason"]

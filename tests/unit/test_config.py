@@ -1,0 +1,188 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wan_grpc import config
+from wan_grpc.config import GenerateSettings, MakeTinyModelSettings, ServeSettings, Settings, UsageError, load
+from wan_grpc.domain.variants import OutputFormat
+
+
+def problems(settings: type[Settings], argv: list[str], environment: dict[str, str] | None = None) -> tuple[str, ...]:
+    with pytest.raises(UsageError) as raised:
+        load(settings, argv, environment or {})
+    return raised.value.problems
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_nothing_given_gives_the_defaults() -> None:
+    """With no flag, variable or file, every setting has the default of its definition."""
+    assert load(ServeSettings, [], {}) == ServeSettings()
+
+
+def test_precedence(tmp_path: Path) -> None:
+    """A flag wins over the environment, the environment over the file, the file over the default."""
+    path = write(tmp_path, "port: 1\nmax_queue: 1\nheartbeat_s: 1\n")
+    environment = {"WAN_GRPC_PORT": "2", "WAN_GRPC_MAX_QUEUE": "2"}
+    loaded = load(ServeSettings, ["--config", str(path), "--port=3"], environment)
+    assert loaded == ServeSettings(config=path, port=3, max_queue=2, heartbeat_s=1)
+
+
+def test_file_named_by_the_environment(tmp_path: Path) -> None:
+    """WAN_GRPC_CONFIG names the file as --config does."""
+    path = write(tmp_path, "host: '::1'\n")
+    assert load(ServeSettings, [], {"WAN_GRPC_CONFIG": str(path)}) == ServeSettings(config=path, host="::1")
+
+
+def test_the_same_value_by_each_way(tmp_path: Path) -> None:
+    """Flag, variable and file key of one setting mean the same, whatever its type."""
+    values: dict[str, Any] = {
+        "device": "cpu",
+        "num_gpus": 2,
+        "drain_timeout_s": 0.5,
+        "spool_dir": "/x",
+        "model_path": "m",
+    }
+    path = write(tmp_path, "".join(f"{name}: {value}\n" for name, value in values.items()))
+    flags = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    variables = {f"WAN_GRPC_{name.upper()}": str(value) for name, value in values.items()}
+    by_file = load(ServeSettings, ["--config", str(path)], {}).model_copy(update={"config": None})
+    wanted = ServeSettings(**values)
+    assert (load(ServeSettings, flags, {}), load(ServeSettings, [], variables), by_file) == (wanted, wanted, wanted)
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["--save-output"], True),
+        (["--save-output", "true"], True),
+        (["--save-output", "false"], False),
+        (["--save-output=no"], False),
+        ([], True),
+    ],
+)
+def test_booleans(argv: list[str], wanted: bool) -> None:
+    """A boolean flag stands alone or takes a value."""
+    assert load(GenerateSettings, ["--prompt", "p", *argv], {}).save_output is wanted
+
+
+@given(st.text(alphabet=st.characters(blacklist_characters="\0", blacklist_categories=["Cs"])))
+def test_text_arrives_as_it_was_typed(text: str) -> None:
+    """No text is taken for a number, a list, null or nothing: a prompt is what was typed."""
+    loaded = load(GenerateSettings, [f"--prompt={text}", f"--negative-prompt={text}"], {})
+    assert (loaded.prompt, loaded.negative_prompt) == (text, text)
+
+
+def test_output_format_by_its_name() -> None:
+    """An enumeration is given by the value that the help shows."""
+    assert load(GenerateSettings, ["--prompt=p", "--output-format", "raw_rgb24"], {}) == GenerateSettings(
+        prompt="p", output_format=OutputFormat.RAW_RGB24
+    )
+
+
+def test_positional_argument() -> None:
+    """make-tiny-model takes its directory without a flag."""
+    assert load(MakeTinyModelSettings, ["there"], {}) == MakeTinyModelSettings(directory=Path("there"))
+
+
+def test_every_unknown_name_is_refused_at_once(tmp_path: Path) -> None:
+    """Unknown flags, variables and file keys are all named, with the nearest known name."""
+    path = write(tmp_path, "max_queu: 3\nconfig: x\nprompt: of another command\n")
+    environment = {"WAN_GRPC_HOTS": "x", "WAN_GRPC_PROMPT": "of another command", "OTHER": "x"}
+    assert problems(ServeSettings, [f"--config={path}", "--prot", "3", "--prompt", "p", "stray"], environment) == (
+        "--prot: unknown setting; did you mean --port?",
+        "--prompt: a setting of another command",
+        "unexpected argument 'stray'",
+        "WAN_GRPC_HOTS: unknown setting; did you mean WAN_GRPC_HOST?",
+        f"{path}: max_queu: unknown setting; did you mean max_queue?",
+        f"{path}: config: not for a file",
+    )
+
+
+def test_every_wrong_value_is_named_where_it_was_given(tmp_path: Path) -> None:
+    """A wrong value is reported under the flag, variable or key that brought it, with its bound."""
+    path = write(tmp_path, "port: 70000\n")
+    environment = {"WAN_GRPC_HEARTBEAT_S": "16", "WAN_GRPC_PORT": ""}
+    assert problems(ServeSettings, [f"--config={path}", "--device", "tpu", "--num-gpus=0"], environment) == (
+        "--device: input should be 'auto', 'cuda' or 'cpu', not 'tpu'",
+        "--num-gpus: input should be greater than or equal to 1, not '0'",
+        f"{path}: port: input should be less than or equal to 65535, not 70000",
+        "WAN_GRPC_HEARTBEAT_S: input should be less than or equal to 15, not '16'",
+    )
+
+
+@pytest.mark.parametrize("name", sorted(config.NOT_YET))
+def test_settings_of_later_versions(name: str, tmp_path: Path) -> None:
+    """What Wan2.2 servers are known to take and this version does not is refused as that, by each way."""
+    flag, variable, path = f"--{name.replace('_', '-')}", f"WAN_GRPC_{name.upper()}", write(tmp_path, f"{name}: 1\n")
+    assert problems(ServeSettings, [f"{flag}=2", f"--config={path}"], {variable: "true"}) == (
+        f"{flag}: not served by this version yet",
+        f"{variable}: not served by this version yet",
+        f"{path}: {name}: not served by this version yet",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("- a\n", "is not a mapping of names to values"),
+        ("a: [\n", "cannot be read: while parsing a flow node"),
+        (None, "cannot be read: [Errno 2] No such file or directory"),
+    ],
+)
+def test_unusable_file(text: str | None, wanted: str, tmp_path: Path) -> None:
+    """A file that is missing, no YAML or no mapping is refused with its name and the reason."""
+    path = tmp_path / "none.yaml" if text is None else write(tmp_path, text)
+    (problem,) = problems(ServeSettings, [f"--config={path}"])
+    assert problem.startswith(f"{path}: {wanted}")
+
+
+def test_what_must_be_given() -> None:
+    """A setting without a default is asked for by flag and variable."""
+    assert problems(GenerateSettings, []) == ("--prompt (or WAN_GRPC_PROMPT): must be given",)
+
+
+def test_flag_without_its_value() -> None:
+    """A flag that ends the line without its value is named."""
+    assert problems(ServeSettings, ["--port"]) == ("argument --port: expected one argument",)
+
+
+def test_no_abbreviations() -> None:
+    """Half a flag is no flag: a later version may have another with the same beginning."""
+    assert problems(ServeSettings, ["--max-q", "3"]) == ("--max-q: unknown setting; did you mean --max-queue?",)
+
+
+def test_a_variable_is_spelled_in_capitals() -> None:
+    """A variable in other letters is refused, for the next shell would not see it."""
+    assert problems(ServeSettings, [], {"WAN_GRPC_port": "1"}) == (
+        "WAN_GRPC_port: unknown setting; did you mean WAN_GRPC_PORT?",
+    )
+
+
+@pytest.mark.parametrize("settings", config.COMMANDS)
+def test_help_names_every_setting(settings: type[Settings], capsys: pytest.CaptureFixture[str]) -> None:
+    """--help shows each setting of the command with its description, and exits with 0."""
+    with pytest.raises(SystemExit) as left:
+        load(settings, ["--help"], {})
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    missing = [
+        name
+        for name, field in settings.model_fields.items()
+        if (f"--{name.replace('_', '-')}" not in shown and name.upper() not in shown)
+        or (field.description or "?").split()[0] not in words
+    ]
+    assert (left.value.code, missing) == (0, [])
+
+
+def test_settings_do_not_change() -> None:
+    """Loaded settings are frozen."""
+    with pytest.raises(ValueError, match="frozen"):
+        load(ServeSettings, [], {}).port = 1  # type: ignore[misc]
