@@ -29,7 +29,7 @@ class Encoding:
             self._frames.put(frame)
         except FramesAbortedError:
             pass  # cancelled: what the ranks still deliver is dropped
-        except (OSError, StorageFailedError) as error:
+        except StorageFailedError as error:
             self.put_failure = storage_failure(error)
             self._frames.abort()
 
@@ -58,7 +58,7 @@ class Encoding:
                 encoder.add(frame)
                 self.num_encoded += 1
             encoder.finish()
-        except (OSError, StorageFailedError) as error:
+        except StorageFailedError as error:
             failure = storage_failure(error)
             raise ServiceError(failure.reason, failure.message) from error
         finally:

@@ -419,7 +419,7 @@ class Engine:
         try:
             job.artifact = self._spool.create(job.name.rpartition("/")[2], "." + job.video.output_format)
             run = Running(Encoding(job.video, job.artifact, self._spool.directory))
-        except (OSError, StorageFailedError) as error:
+        except StorageFailedError as error:
             self._may_encode.release()
             self._end_failed(job, storage_failure(error))
             return

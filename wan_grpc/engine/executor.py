@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
+import structlog
+
 from wan_grpc.domain.errors import Reason, ServiceError, UnusableModelError
 from wan_grpc.domain.observations import (
     GroupReady,
@@ -76,6 +78,7 @@ class Executor:
     def start(self) -> None:
         """Begin to start the group; `changed` rings when it is ready."""
         self._supervisor = asyncio.create_task(self._supervise(), name="executor")
+        self._supervisor.add_done_callback(self._note_crash)
 
     async def wait_ready(self) -> None:
         """Return when the group is ready.
@@ -130,7 +133,7 @@ class Executor:
                 await self._supervisor
         self._set_ready(())
         if self._starting is not None:
-            await self._starting
+            await asyncio.wait([self._starting])
         if self._group is not None:
             group, self._group = self._group, None
             await asyncio.to_thread(group.stop if idle else group.kill)
@@ -178,7 +181,10 @@ class Executor:
         self._events = events
         self._group = RankGroup(self.plan, deliver)
         self._starting = asyncio.ensure_future(asyncio.to_thread(self._group.start))
-        await asyncio.shield(self._starting)
+        try:
+            await asyncio.shield(self._starting)
+        except (OSError, EOFError) as error:
+            raise _StartError(f"rank processes cannot be started: {error!r}") from error
         try:
             async with asyncio.timeout(self._policy.start_timeout_s):
                 ready = await self._all_ready(events)
@@ -241,6 +247,11 @@ class Executor:
             self.give_up(f"{sentence}; the last: {detail}")
         else:
             await asyncio.sleep(_BACKOFF_S * 2 ** (len(self._failures) - 1))
+
+    def _note_crash(self, supervisor: asyncio.Task[None]) -> None:
+        if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
+            structlog.get_logger().error("the executor failed", exc_info=error)
+            self.give_up(f"internal error: {error!r}")
 
     def give_up(self, detail: str) -> None:
         """Declare that this process cannot serve any more; `fatal` tells whoever waits for it."""

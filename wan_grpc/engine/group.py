@@ -69,7 +69,7 @@ def prepare_forkserver() -> None:
 
 def run_rank(config: bytes, pipe: connection.Connection, lifeline: connection.Connection, ring_fd: Any) -> None:
     """What a new rank process calls. Here, and not in the worker, so that the server never imports torch."""
-    from wan_grpc.engine.worker import main  # noqa: PLC0415  torch belongs to the rank alone
+    from wan_grpc.engine.worker import main
 
     main(config, pipe, lifeline, ring_fd)
 
@@ -77,7 +77,7 @@ def run_rank(config: bytes, pipe: connection.Connection, lifeline: connection.Co
 class RankGroup:
     """The rank processes of one incarnation, with one thread that reads what they say.
 
-    `deliver` is called from that thread with every message but frames, in order. After RanksDied it is not called again.
+    `deliver` is called from that thread with every message but frames, in order; nothing follows RanksDied.
     """
 
     def __init__(self, plan: GroupPlan, deliver: Callable[[GroupEvent], None]) -> None:
@@ -167,7 +167,8 @@ class RankGroup:
             process.kill()
         for process in self._processes:
             process.join()
-        self._reader.join()
+        if self._reader.is_alive():
+            self._reader.join()
         for end in (*self._pipes, *self._lifelines):
             end.close()
         self._ring.close()

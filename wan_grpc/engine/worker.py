@@ -224,13 +224,14 @@ class RankRun:
             self._compute()
         except LeaveRun as left:
             return left.word
-        except Exception as error:  # the rank loop is one of the two places that must outlive any error
+        except Exception as error:  # noqa: BLE001  the rank loop is one of the two places that must outlive any error
             structlog.get_logger().exception("generation failed on this rank")
             return self._mesh.agree(OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError | MemoryError) else FAIL)
         return self._mesh.agree(self._wish())
 
     def _compute(self) -> None:
-        with closing(self._pipeline.generate(self._order.video, on_step=self._finish_step)) as slices:
+        slices = self._pipeline.generate(self._order.video, on_step=self._finish_step)
+        with closing(slices):
             for frames in slices:
                 if self._mesh.is_first:
                     for frame in frames:

@@ -57,6 +57,6 @@ def join(topology: Topology, rank: int, *, store_path: str) -> Mesh:
     """Meet the peers of this host at `store_path`, a file that only they can open, and take seat `rank`."""
     # Without a name gloo listens on whatever address the host name resolves to, which may be a public one.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    store = dist.FileStore(store_path, topology.world_size)
+    store = dist.FileStore(store_path, topology.world_size)  # type: ignore[attr-defined]  # exported at run time
     dist.init_process_group("gloo", store=store, rank=rank, world_size=topology.world_size, timeout=_IDLE_TIMEOUT)
     return Mesh(topology, rank)
