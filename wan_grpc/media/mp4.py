@@ -80,8 +80,7 @@ class Mp4Writer:
             interpolation=_CONVERSION,
             threads=1,
         )
-        frame.time_base = Fraction(1, self._video.fps)
-        frame.pts, frame.duration = self._num_added, 1
+        frame.pts, frame.time_base = self._num_added, Fraction(1, self._video.fps)
         self._num_added += 1
         return frame
 

@@ -155,6 +155,8 @@ def _make_directory(root: Path) -> tuple[Path, int]:
         lock_fd = _lock(path)
         if lock_fd is not None:
             return path, lock_fd
+        with suppress(OSError):
+            path.rmdir()
     raise StorageFailedError(errno.ENOLCK, f"no directory under {root} can be locked")
 
 
