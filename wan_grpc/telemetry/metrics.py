@@ -51,7 +51,7 @@ class Metrics:
     """Every metric of one server process."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a second series for each one, which nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
         self.registry = CollectorRegistry()
         self._requests = self._counter(
             "wan_requests", "Requests by how they ended and why; refused ones never began.", ["outcome", "reason"]
