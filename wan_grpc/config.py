@@ -48,6 +48,7 @@ NOT_YET: Final = frozenset(
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LogLevel = Literal["debug", "info", "warning", "error"]
 SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -75,9 +76,7 @@ class Settings(BaseSettings):
     command: ClassVar[str]
 
     config: Path | None = _setting(None, "YAML file with settings, one `some_name: value` a line", group="general")
-    log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info", "the least severe messages to log", group="general"
-    )
+    log_level: LogLevel = _setting("info", "the least severe messages to log", group="general")
     log_format: Literal["auto", "console", "json"] = _setting(
         "auto", "how to log to stderr; auto: console on a terminal, else json", group="general"
     )
@@ -130,6 +129,9 @@ class RankSettings(Settings):
     max_area: Count = _setting(1280 * 720, "most pixels of a frame", group="limits of a request")
     max_num_frames: Count = _setting(161, "most frames of a video", group="limits of a request")
     max_inference_steps: Count = _setting(200, "most denoising steps of a video", group="limits of a request")
+    cache_dir: Path = _setting(
+        Path("~/.cache/wan-grpc"), "directory in which the embedded model is kept once it is made", group="storage"
+    )
     spool_dir: Path | None = _setting(
         None, "directory for videos and frames in the making; unset: the system's for temporary files", group="storage"
     )
@@ -149,7 +151,7 @@ class ServeSettings(RankSettings):
     keepalive_time_s: Seconds = _setting(60.0, "silence after which the server pings a client", group="network")
     keepalive_timeout_s: Seconds = _setting(20.0, "unanswered, that ping ends the connection after", group="network")
     min_ping_interval_s: Seconds = _setting(
-        5.0, "clients that ping more often than this are cut off; theirs must be above it", group="network"
+        10.0, "clients that ping more often than this are cut off; theirs must be above it", group="network"
     )
     max_connection_age_s: Seconds | None = _setting(
         None, "age at which a connection is asked to end once its calls have; unset: never", group="network"
@@ -157,9 +159,7 @@ class ServeSettings(RankSettings):
     max_connection_age_grace_s: Seconds | None = _setting(
         None, "cut the calls of such a connection after this time; unset: never", group="network"
     )
-    max_concurrent_rpcs: Count | None = _setting(
-        None, "calls served at once, health checks included; unset: no bound", group="network"
-    )
+    max_concurrent_calls: Count = _setting(1024, "calls of the API served at once", group="network")
     max_queue: Annotated[int, Field(ge=0)] = _setting(
         16, "generations that may wait; further ones are refused", group="generations"
     )
@@ -169,8 +169,15 @@ class ServeSettings(RankSettings):
     heartbeat_s: Annotated[float, Field(gt=0, le=15)] = _setting(
         15.0, "silence on a stream after which it carries a heartbeat; at most 15", group="generations"
     )
+    drain_window_s: SecondsOrNone = _setting(
+        5.0,
+        "on SIGTERM: time in which requests are still taken while health already says NOT_SERVING, for balancers to see",
+        group="stopping",
+    )
     drain_timeout_s: SecondsOrNone = _setting(
-        30.0, "on SIGTERM: time for accepted work to end before it is cancelled", group="generations"
+        600.0,
+        "then: time for accepted work to end before it is cancelled; a second SIGTERM or SIGINT cancels it at once",
+        group="stopping",
     )
     max_encoding: Count = _setting(
         4, "videos that may still be encoded while the ranks compute later ones", group="generations"
@@ -186,6 +193,7 @@ class GenerateSettings(RankSettings):
 
     command = "generate"
 
+    log_level: LogLevel = _setting("warning", "the least severe messages to log", group="general")
     prompt: str = Field(description="what the video shows", json_schema_extra={"group": "video"})
     negative_prompt: str | None = _setting(None, "what it should not show", group="video")
     width: int | None = _setting(None, "pixels; unset, here and below: as the model recommends", group="video")
