@@ -346,7 +346,15 @@ class Engine:
         self._generations[job.name] = job
         if request.request_id is not None:
             self._by_request_id[request.request_id] = job.name
-        job.log(Accepted(name=job.name, video=video, warnings=job.warnings))
+        job.log(
+            Accepted(
+                name=job.name,
+                video=video,
+                warnings=job.warnings,
+                max_duration_s=request.max_duration_s,
+                detach_grace_s=grace_s,
+            )
+        )
         self._observe(Admitted(name=job.name, request_id=request.request_id))
         self._bound_duration(job)
         self._begin_grace(job, at_least_s=_ATTACH_S if watched else 0.0)

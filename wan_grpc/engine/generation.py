@@ -166,6 +166,8 @@ class GenerationLog:
             failure=failed.failure if failed else None,
             request_id=self.request.request_id,
             warnings=self.warnings,
+            max_duration_s=self.request.max_duration_s,
+            detach_grace_s=self.detach_grace_s,
         )
 
     def info(self) -> VideoInfo | None:
