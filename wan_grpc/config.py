@@ -277,7 +277,8 @@ def _read_flags(settings: type[Settings], argv: Sequence[str]) -> tuple[dict[str
     def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         found, rest = parser.parse_known_args(arguments)
         unknown.extend(rest)
-        return found
+        # argparse before Python 3.13 drops a value of `--` and leaves an empty list.
+        return Namespace(**{name: "--" if value == [] else value for name, value in vars(found).items()})
 
     parser = _Parser(
         prog=f"wan-grpc {settings.command}",

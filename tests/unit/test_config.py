@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from wan_grpc import config
@@ -73,6 +73,7 @@ def test_booleans(argv: list[str], wanted: bool) -> None:
     assert load(GenerateSettings, ["--prompt", "p", *argv], {}).save_output is wanted
 
 
+@example("--")
 @given(st.text(alphabet=st.characters(blacklist_characters="\0", blacklist_categories=["Cs"])))
 def test_text_arrives_as_it_was_typed(text: str) -> None:
     """No text is taken for a number, a list, null or nothing: a prompt is what was typed."""
