@@ -66,5 +66,5 @@ class Encoding:
             self._frames.abort()
 
 
-def storage_failure(error: Exception) -> Failure:
-    return Failure(reason=Reason.STORAGE_FAILED, message=f"the server could not store the video: {error}")
+def storage_failure(error: OSError) -> Failure:
+    return Failure(reason=Reason.STORAGE_FAILED, message=f"the server could not store the video: {error.strerror}")

@@ -37,7 +37,7 @@ from wan_grpc.engine.shared import FrameRing
 from wan_grpc.optimize.attention import choose
 from wan_grpc.parallel.mesh import Mesh, join
 from wan_grpc.pipeline import device as devices
-from wan_grpc.pipeline.load import load
+from wan_grpc.pipeline.load import DTYPES, load
 from wan_grpc.pipeline.video import VideoPipeline
 from wan_grpc.telemetry import logs
 
@@ -68,12 +68,15 @@ def main(config_bytes: bytes, pipe: Connection, lifeline: Connection, ring_fd: A
     _die_with_the_server(lifeline)
     logs.configure(level=config.log_level, log_format=config.log_format)
     structlog.contextvars.bind_contextvars(rank=config.rank)
-    torch.set_num_threads(config.cpu_threads)
     fd = ring_fd.detach()
     ring = FrameRing(fd, slot_bytes=config.slot_bytes, num_slots=config.num_slots)
     os.close(fd)
-    mesh = join(config.topology, config.rank, store_path=config.rendezvous)
-    pipeline = _load_or_report(config, pipe)
+    try:
+        mesh, pipeline = _prepare(config)
+    except UnusableModelError as error:
+        pipe.send_bytes(messages.encode(LoadFailed(rank=config.rank, message=str(error))))
+        raise SystemExit(1) from error
+    pipe.send_bytes(messages.encode(_ready(config.rank, pipeline)))
     _serve(mesh, pipeline, Outlet(pipe, ring))
     mesh.leave()
 
@@ -97,33 +100,31 @@ def _wait_for_end(lifeline: Connection) -> None:
         os._exit(1)
 
 
-def _load_or_report(config: RankConfig, pipe: Connection) -> VideoPipeline:
-    try:
-        pipeline = _load(config)
-    except UnusableModelError as error:
-        pipe.send_bytes(messages.encode(LoadFailed(rank=config.rank, message=str(error))))
-        raise SystemExit(1) from error
-    ready = Ready(
-        rank=config.rank,
+def _prepare(config: RankConfig) -> tuple[Mesh, VideoPipeline]:
+    """Meet the other ranks and load the model."""
+    device = devices.resolve_device(config.device, local_rank=config.rank)
+    devices.make_repeatable(device, num_threads=config.cpu_threads)  # before anything is computed here
+    mesh = join(config.topology, config.rank, store_path=config.rendezvous)
+    dtype = _dtype(config.dtype, device)
+    attention = choose("auto", device=torch.device(device), dtype=DTYPES[dtype])
+    pipeline = load(
+        config.checkpoint,
+        device=device,
+        dtype=dtype,
+        load_format=config.load_format,
+        attention=attention.function,
+        attention_name=attention.name,
+    )
+    return mesh, pipeline
+
+
+def _ready(rank: int, pipeline: VideoPipeline) -> Ready:
+    return Ready(
+        rank=rank,
         device=devices.describe_device(pipeline.device),
         dtype=pipeline.dtype_name,
         attention=pipeline.attention_name,
         used_bytes=devices.used_bytes(pipeline.device),
-    )
-    pipe.send_bytes(messages.encode(ready))
-    return pipeline
-
-
-def _load(config: RankConfig) -> VideoPipeline:
-    device = devices.resolve_device(config.device, local_rank=config.rank)
-    attention = choose("auto", device=torch.device(device))
-    return load(
-        config.checkpoint,
-        device=device,
-        dtype=_dtype(config.dtype, device),
-        load_format=config.load_format,
-        attention=attention.function,
-        attention_name=attention.name,
     )
 
 
