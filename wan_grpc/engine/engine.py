@@ -4,6 +4,7 @@ Knows generations, their order and their ends. Does not know protobuf, gRPC, or 
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 import uuid
@@ -49,7 +50,7 @@ from wan_grpc.engine.bell import Bell, rang
 from wan_grpc.engine.encoding import Encoding, storage_failure
 from wan_grpc.engine.executor import Executor
 from wan_grpc.engine.generation import GenerationLog, Running
-from wan_grpc.engine.messages import MemoryUse, RunEnded, StepDone
+from wan_grpc.engine.messages import MemoryUse, RunEnded
 from wan_grpc.engine.pace import Pace, remaining
 from wan_grpc.engine.queue import AdmissionQueue
 from wan_grpc.media.video import describe
@@ -106,8 +107,9 @@ class Engine:
         self._pace = Pace()
         self._changed = Bell()
         self._draining = False
-        self._threads = ThreadPoolExecutor(options.max_encoding, thread_name_prefix="encoder")
-        self._may_encode = asyncio.Semaphore(options.max_encoding)
+        # One more than may hang over: the video that the ranks are at is encoded meanwhile, too.
+        self._threads = ThreadPoolExecutor(options.max_encoding + 1, thread_name_prefix="encoder")
+        self._may_encode = asyncio.Semaphore(options.max_encoding + 1)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- life -------------------------------------------------------------------------------------------------------
@@ -128,8 +130,10 @@ class Engine:
         unfinished = self._unfinished()
         for job in unfinished:
             self._stop(job, _SHUTTING_DOWN)
-        if unfinished:
-            await asyncio.wait([asyncio.ensure_future(job.ended.wait()) for job in unfinished], timeout=_LEAVE_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LEAVE_S):
+                for job in unfinished:
+                    await job.ended.wait()
 
     async def stop(self) -> None:
         """End the ranks and every task. What is still unfinished ends as CANCELLED: drain first."""
@@ -140,9 +144,9 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._executor.stop()
+        await asyncio.to_thread(self._threads.shutdown)
         for job in self._unfinished():
             self._end_failed(job, _SHUTTING_DOWN)
-        await asyncio.to_thread(self._threads.shutdown)
 
     @property
     def fatal(self) -> asyncio.Future[str]:
@@ -152,7 +156,7 @@ class Engine:
     def status(self) -> EngineStatus:
         plan, ready = self._executor.plan, self._executor.ready
         return EngineStatus(
-            ready=bool(ready) and not self._draining,
+            ready=bool(ready) and not self._draining and not self.fatal.done(),
             detail="the server is shutting down" if self._draining else self._executor.detail,
             topology=plan.topology,
             device=ready[0].device if ready else "",
@@ -270,27 +274,28 @@ class Engine:
             self._release(job)
 
     async def _follow(self, job: GenerationLog, sequence: int, offset: int) -> AsyncGenerator[Record, None]:
+        sequence = min(sequence, job.last_sequence - job.state.is_final)  # the end is told to every watcher
         while True:
             ticket = job.changed.ticket()
             moved = False
+            end = job.video_bytes  # before the records, of which one tells what these bytes are
             for record in job.after(sequence):
                 if isinstance(record.event, Completed):
                     _check_offset(job, offset)
-                    async for chunk in self._chunks(job, sequence, offset):
+                    async for chunk in self._chunks(job, sequence, offset, job.video_bytes):
                         yield chunk
                 yield record
                 sequence, moved = record.sequence, True
                 if isinstance(record.event, Completed | Failed):
                     return
-            async for chunk in self._chunks(job, sequence, offset):
+            async for chunk in self._chunks(job, sequence, offset, end):
                 yield chunk
                 assert isinstance(chunk.event, Chunk)
                 offset, moved = offset + len(chunk.event.data), True
             if not moved and not await rang(ticket, self._options.heartbeat_s):
                 yield _unlogged(sequence, Heartbeat())
 
-    async def _chunks(self, job: GenerationLog, sequence: int, offset: int) -> AsyncGenerator[Record, None]:
-        end = job.video_bytes
+    async def _chunks(self, job: GenerationLog, sequence: int, offset: int, end: int) -> AsyncGenerator[Record, None]:
         while offset < end:
             data = await self._read(job, offset, end)
             yield _unlogged(sequence, Chunk(offset=offset, data=data))
@@ -314,15 +319,14 @@ class Engine:
         if not job.num_watchers and not job.state.is_final:
             self._begin_grace(job)
         self._release(job)
+        self._forget_surplus()
         self._report_load()
 
     def _begin_grace(self, job: GenerationLog, *, at_least_s: float = 0.0) -> None:
         if job.detach_grace_s == UNLIMITED_S:
             return
-        failure = Failure(
-            reason=Reason.ABANDONED, message=f"nobody watched the generation for {job.detach_grace_s:g} s"
-        )
         grace_s = max(job.detach_grace_s, at_least_s)
+        failure = Failure(reason=Reason.ABANDONED, message=f"nobody watched the generation for {grace_s:g} s")
         job.grace = asyncio.get_running_loop().call_later(grace_s, self._stop, job, failure)
 
     # ---- admission --------------------------------------------------------------------------------------------------
@@ -383,7 +387,7 @@ class Engine:
 
     def _tell_positions(self) -> None:
         """Log each waiting generation's place where it has changed."""
-        eta_s = 0.0 if self._active is None else self._active_left_s()
+        eta_s = self._next_start_s()
         for position, job in enumerate(self._queue):
             last = job.records[-1].event
             if not (isinstance(last, Queued) and last.position == position):
@@ -391,6 +395,11 @@ class Engine:
             own = self._pace.expect_all(job.video)
             eta_s = None if eta_s is None or own is None else eta_s + own
         self._report_load()
+
+    def _next_start_s(self) -> float | None:
+        if self._active is None:
+            return 0.0 if self._executor.is_ready else None
+        return self._active_left_s()
 
     def _active_left_s(self) -> float | None:
         progress = self._active.snapshot().progress if self._active is not None else None
@@ -403,11 +412,10 @@ class Engine:
         while True:
             await self._may_encode.acquire()
             try:
-                await self._executor.wait_ready()
+                job = await self._next()
             except UnusableModelError as error:
                 self._fail_waiting(error)
                 return
-            job = await self._queue.next()
             self._active = job
             job.start()
             self._tell_positions()
@@ -416,6 +424,13 @@ class Engine:
                 await self._run(job)
             self._active = None
             self._tell_positions()
+
+    async def _next(self) -> GenerationLog:
+        """The first in line, who stands there until there are ranks that can begin."""
+        while not (len(self._queue) and self._executor.is_ready):
+            await self._queue.filled()
+            await self._executor.wait_ready()
+        return self._queue.pop()
 
     def _fail_waiting(self, error: UnusableModelError) -> None:
         for job in self._queue:
@@ -444,14 +459,14 @@ class Engine:
         self._background(self._finish(job, run, ended))
 
     async def _follow_ranks(self, job: GenerationLog, run: Running) -> RunEnded:
-        async for message in self._executor.run(job.name, job.video, run.encoding.take_frame):
-            if isinstance(message, StepDone):
+        async with contextlib.aclosing(self._executor.run(job.name, job.video, run.encoding.take_frame)) as messages:
+            async for message in messages:
+                if isinstance(message, RunEnded):
+                    self._take_end(job, run, message)
+                    return message
                 self._take_step(job, run, message.progress)
                 if run.failure is not None or run.encoding.put_failure is not None:
                     self._executor.cancel(job.name)
-            else:
-                self._take_end(job, run, message)
-                return message
         raise AssertionError("the executor ended without RunEnded")
 
     def _take_step(self, job: GenerationLog, run: Running, progress: Progress) -> None:
@@ -532,6 +547,7 @@ class Engine:
         size_bytes, sha256 = await asyncio.to_thread(job.artifact.seal)
         ended = job.clock.leave()
         assert ended is not None
+        self._pace.learn(ended.stage, job.video, ended.seconds)
         self._observe(StageEnded(name=job.name, stage=ended.stage, seconds=ended.seconds))
         job.succeed(
             Completed(
@@ -559,6 +575,7 @@ class Engine:
             )
         )
         self._retain(job)
+        self._release(job)
         self._report_load()
 
     def _stop(self, job: GenerationLog, failure: Failure) -> None:
@@ -575,9 +592,13 @@ class Engine:
     # ---- what has ended ---------------------------------------------------------------------------------------------
 
     def _retain(self, job: GenerationLog) -> None:
-        """Keep what ended for a while; the oldest goes first when there are too many."""
+        """Keep what ended for a while."""
         job.expires_s = (job.ended_s or 0.0) + self._options.retain_s
         job.timers.append(asyncio.get_running_loop().call_later(self._options.retain_s, self._forget, job))
+        self._forget_surplus()
+
+    def _forget_surplus(self) -> None:
+        """The oldest goes first when there are too many; one that is watched stays."""
         ended = [other for other in self._generations.values() if other.state.is_final and not other.num_watchers]
         for oldest in ended[: max(0, len(ended) - self._options.retain_count)]:
             self._forget(oldest)
@@ -590,9 +611,10 @@ class Engine:
         self._release(job)
 
     def _release(self, job: GenerationLog) -> None:
-        """Delete the file of a forgotten generation once nobody reads it."""
+        """Delete a file that nobody can ask for any more, or that will never be whole, once nobody reads it."""
+        is_wanted = job.name in self._generations and job.state not in (State.FAILED, State.CANCELLED)
         in_use = job.num_watchers or job.num_readers
-        if job.name not in self._generations and not in_use and job.artifact is not None:
+        if not is_wanted and not in_use and job.artifact is not None:
             artifact, job.artifact = job.artifact, None
             artifact.delete()
 

@@ -4,7 +4,6 @@ Knows groups and their restarts. Does not know queues, watchers or files.
 """
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -106,18 +105,19 @@ class Executor:
         try:
             self._group.expect_frames(video.frame_bytes, take_frame)
             self._group.send(Run(generation=generation, video=video))
-            while True:
-                event = await events.get()
-                if isinstance(event, RanksDied):
-                    raise self._dead(event)
-                assert isinstance(event, StepDone | RunEnded), event
-                if isinstance(event, RunEnded):
-                    self._take_memory(event.memory)
-                yield event
-                if isinstance(event, RunEnded):
-                    return
+            while not isinstance(message := await self._next_message(events), RunEnded):
+                yield message
         finally:
             self._running = None
+        self._take_memory(message.memory)
+        yield message
+
+    async def _next_message(self, events: "asyncio.Queue[GroupEvent]") -> StepDone | RunEnded:
+        event = await events.get()
+        if isinstance(event, RanksDied):
+            raise self._dead(event)
+        assert isinstance(event, StepDone | RunEnded), event
+        return event
 
     def cancel(self, generation: str) -> None:
         """Have the ranks leave this generation at the next step boundary; nothing happens when they do not run it."""
@@ -129,8 +129,7 @@ class Executor:
         idle = self.is_ready and self._running is None
         if self._supervisor is not None:
             self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
+            await asyncio.wait([self._supervisor])
         self._set_ready(())
         if self._starting is not None:
             await asyncio.wait([self._starting])

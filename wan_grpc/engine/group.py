@@ -63,8 +63,13 @@ def prepare_forkserver() -> None:
     It imports torch, diffusers and transformers once, and leaves CUDA alone, so that each rank starts in a moment.
     """
     multiprocessing.set_forkserver_preload(["wan_grpc.engine.worker"])
-
-    forkserver.ensure_running()
+    # Whoever ends a service may send SIGTERM to each of its processes. This one is born deaf to it, for the ranks die
+    # with it, and they are to finish what the server still drains.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_rank(config: bytes, pipe: connection.Connection, lifeline: connection.Connection, ring_fd: Any) -> None:
@@ -91,15 +96,16 @@ class RankGroup:
         self._take_frame: TakeFrame | None = None
         self._frame_bytes = 0
         self._stopping = False
+        self._ring: FrameRing | None = None
+        self._rendezvous = str(plan.directory / f"rendezvous-{uuid.uuid4().hex}")
 
     def start(self) -> None:
         """Start every rank. Blocks for the forks, not for the loading of the model."""
         plan = self._plan
         size = FrameRing.size_bytes(slot_bytes=plan.max_frame_bytes, num_slots=plan.num_slots)
         fd = anonymous_file(size)
-        self._ring = FrameRing(fd, slot_bytes=plan.max_frame_bytes, num_slots=plan.num_slots)
-        self._rendezvous = str(plan.directory / f"rendezvous-{uuid.uuid4().hex}")
         try:
+            self._ring = FrameRing(fd, slot_bytes=plan.max_frame_bytes, num_slots=plan.num_slots)
             for rank in range(plan.topology.world_size):
                 self._start_rank(rank, fd)
         finally:
@@ -171,7 +177,8 @@ class RankGroup:
             self._reader.join()
         for end in (*self._pipes, *self._lifelines):
             end.close()
-        self._ring.close()
+        if self._ring is not None:
+            self._ring.close()
         Path(self._rendezvous).unlink(missing_ok=True)
 
     def _read(self) -> None:
@@ -200,7 +207,7 @@ class RankGroup:
         return True
 
     def _pass_frame(self, slot: int) -> None:
-        assert self._take_frame is not None
+        assert self._take_frame is not None and self._ring is not None
         with self._ring.slot(slot, self._frame_bytes) as view:
             self._take_frame(view)
         self.send(SlotFreed(slot=slot))

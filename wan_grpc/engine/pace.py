@@ -36,7 +36,7 @@ def remaining(progress: Progress, video: VideoRequest, pace: Pace, stage_s: floa
 
     Steps that are done tell best how long the rest of a stage takes; past generations tell it for what comes after.
     """
-    if progress.step:
+    if progress.step and progress.stage is not Stage.ENCODE:  # whose frames were encoded before it began
         here = stage_s / progress.step * (progress.total_steps - progress.step)
     else:
         expected = pace.expect(progress.stage, video)

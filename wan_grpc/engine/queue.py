@@ -32,9 +32,12 @@ class AdmissionQueue:
     def remove(self, job: GenerationLog) -> None:
         self._waiting.remove(job)
 
-    async def next(self) -> GenerationLog:
-        """The first in line, taken out of it; waits for one."""
+    async def filled(self) -> None:
+        """Return when somebody waits."""
         while not self._waiting:
             self._filled.clear()
             await self._filled.wait()
+
+    def pop(self) -> GenerationLog:
+        """The first in line, taken out of it."""
         return self._waiting.popleft()
