@@ -13,6 +13,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_ARGS
 
 LOCKED := pyproject.toml constraints.txt wan_grpc/__init__.py
 
@@ -37,7 +38,7 @@ lint: $(VENV)/.dev ## Formatting, ruff, mypy strict, the floors, buf lint
 .PHONY: proto-check
 proto-check: $(VENV)/.dev ## The API breaks nobody, and the committed generated code is what the protos give
 	cd protos && buf breaking --against baseline.binpb
-	protos/generate.sh --check
+	PYTHON=$(PYTHON) protos/generate.sh --check
 
 unit: $(VENV)/.dev ## Tests of one module at a time
 	$(BIN)/pytest tests/unit
@@ -55,7 +56,7 @@ format: $(VENV)/.dev ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 
 proto: $(VENV)/.dev ## Generate wan_grpc/v1 from protos/
-	protos/generate.sh
+	PYTHON=$(PYTHON) protos/generate.sh
 
 lock: ## Resolve pyproject.toml afresh into constraints.txt
 	rm -rf .venv-lock
@@ -66,7 +67,7 @@ lock: ## Resolve pyproject.toml afresh into constraints.txt
 	rm -rf .venv-lock
 
 clean: ## Remove everything that make, the tools and the demo have made
-	rm -rf $(VENV) .venv-lock build dist demo.mp4 .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lock .venv-gen build dist demo.mp4 .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 ##@ Underneath

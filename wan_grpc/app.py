@@ -18,7 +18,7 @@ import structlog
 
 from wan_grpc.config import OFF, GenerateSettings, RankSettings, ServeSettings
 from wan_grpc.domain.errors import ServiceError
-from wan_grpc.domain.events import Chunk, Event, Failed
+from wan_grpc.domain.events import Chunk, Completed, Event, Failed
 from wan_grpc.domain.observations import Observation
 from wan_grpc.domain.request import GenerationRequest, VideoRequest
 from wan_grpc.domain.topology import Topology
@@ -64,8 +64,18 @@ async def serve(settings: ServeSettings, on_listening: Callable[[str, int], None
             return await _until_told_to_stop(engine, server)
 
 
-async def generate(settings: GenerateSettings, on_event: Callable[[Event], None]) -> Path | None:
-    """Generate one video with an engine of its own; the file it was written to. Whoever leaves early cancels it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A video that was generated without a server."""
+
+    video: VideoRequest
+    completed: Completed
+    path: Path | None
+    """Where it was written; None where it was not to be."""
+
+
+async def generate(settings: GenerateSettings, on_event: Callable[[Event], None]) -> Made:
+    """Generate one video with an engine of its own. Whoever leaves early cancels it.
 
     Raises:
         InvalidRequestError: naming every field that breaks a rule.
@@ -82,7 +92,8 @@ async def generate(settings: GenerateSettings, on_event: Callable[[Event], None]
                 async for record in records:
                     _keep(record.event, output)
                     on_event(record.event)
-    return output.path if output else None
+    assert isinstance(record.event, Completed)
+    return Made(video=generation.video, completed=record.event, path=output.path if output else None)
 
 
 @asynccontextmanager
