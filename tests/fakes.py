@@ -51,7 +51,11 @@ class FakeEngine:
         """Raised by the next call of whatever method."""
         self.video = b""
         """Bytes of every video."""
+        self.on_take: Callable[[int], None] = lambda sequence: None
+        """Called with the number of each record that a watcher takes."""
         self.ready = False
+        self.ends_at_drain = True
+        """Whether draining brings what is unfinished to its end."""
         self._generations: dict[str, Generation] = {}
         self._records: dict[str, list[Record]] = {}
         self._changed = asyncio.Event()
@@ -102,6 +106,7 @@ class FakeEngine:
                 await self._until(lambda index=index: len(self._records[name]) > index)
                 record = self._records[name][index]
                 if not _is_seen(record, after, from_offset):
+                    self.on_take(record.sequence)
                     yield record
                 if isinstance(record.event, Completed | Failed):
                     return
@@ -176,6 +181,10 @@ class FakeEngine:
 
     async def drain(self, timeout_s: float) -> None:
         self.drained.append(timeout_s)
+        failed = Failed(failure=Failure(reason=Reason.SHUTTING_DOWN, message="the server is shutting down"))
+        for name, generation in self._generations.items():
+            if self.ends_at_drain and not generation.state.is_final:
+                self.tell(name, failed)
 
     async def stop(self) -> None:
         self.set_ready(False)

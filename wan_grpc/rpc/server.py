@@ -79,6 +79,7 @@ class RpcServer:
         self._options = options
         self._boundary = CallBoundary(max_calls=options.max_concurrent_calls)
         self._health = Health(OUR_SERVICES)
+        self._videos = VideoGenerationService(engine)
         self._server: grpc.aio.Server | None = None
         self._following: asyncio.Task[None] | None = None
         self.port = 0
@@ -107,11 +108,12 @@ class RpcServer:
         await self._health.end_watches()
         await self._server.stop(self._options.stop_grace_s)
         await self._boundary.wait_idle()
+        await self._videos.wait_idle()
         await self._end_following()
         self._server = None
 
     def _add_services(self, server: grpc.aio.Server) -> None:
-        add_VideoGenerationServiceServicer_to_server(VideoGenerationService(self._engine), server)
+        add_VideoGenerationServiceServicer_to_server(self._videos, server)
         add_AdapterServiceServicer_to_server(AdapterService(), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         channelz.add_channelz_servicer(server)

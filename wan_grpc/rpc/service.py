@@ -6,6 +6,7 @@ Knows which engine call answers which method, and what a passed deadline means. 
 import asyncio
 import base64
 import binascii
+import math
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
@@ -49,6 +50,12 @@ class VideoGenerationService(VideoGenerationServiceServicer):
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
+        self._expiries: set[asyncio.Task[None]] = set()
+
+    async def wait_idle(self) -> None:
+        """Return when the engine has been told of every deadline that passed."""
+        while self._expiries:
+            await asyncio.wait(self._expiries)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         deadline = Deadline(context)
@@ -61,8 +68,8 @@ class VideoGenerationService(VideoGenerationServiceServicer):
         except UnsuccessfulEndError:
             raise  # the generation is final: there is nothing left to expire
         except BaseException:
-            if await deadline.passes():
-                await self._engine.expire(generation.name)
+            if deadline.is_near():
+                self._expire(generation.name, deadline)
             raise
 
     async def CreateGeneration(
@@ -127,6 +134,17 @@ class VideoGenerationService(VideoGenerationServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         return describe(self._engine.card, self._engine.status())
 
+    def _expire(self, name: str, deadline: "Deadline") -> None:
+        """Tell the engine when the deadline is there. A task of its own, for grpc may cancel a call while it ends."""
+
+        async def tell() -> None:
+            await deadline.wait()
+            await self._engine.expire(name)
+
+        task = asyncio.create_task(tell())
+        self._expiries.add(task)
+        task.add_done_callback(self._expiries.discard)
+
     def _find(self, name: str) -> Generation:
         structlog.contextvars.bind_contextvars(generation=check_name(name))
         return self._engine.get(name)
@@ -177,16 +195,16 @@ class Deadline:
                 raise
             raise ServiceError(Reason.DEADLINE_EXCEEDED, "the deadline of the call has passed") from None
 
-    async def passes(self) -> bool:
-        """Whether it has passed, or is so near that a call which just ended will have ended because of it."""
-        left_s = self._left_s()
-        if left_s is None or left_s > _NEAR_DEADLINE_S:
-            return False
-        await asyncio.sleep(max(0.0, left_s))
-        return True
+    def is_near(self) -> bool:
+        """Whether a call that ends now is taken to end because of it."""
+        return self._left_s() <= _NEAR_DEADLINE_S
 
-    def _left_s(self) -> float | None:
-        return None if self._at is None else self._at - asyncio.get_running_loop().time()
+    async def wait(self) -> None:
+        """Return when it has passed."""
+        await asyncio.sleep(max(0.0, self._left_s()))
+
+    def _left_s(self) -> float:
+        return math.inf if self._at is None else self._at - asyncio.get_running_loop().time()
 
 
 def _checked(record: Record) -> Record:

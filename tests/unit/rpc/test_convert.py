@@ -269,7 +269,7 @@ ANY_SPEC = st.fixed_dictionaries(
         "image_fit": INT32,
         "output_format": INT32 | st.sampled_from(pb.OutputFormat.values()),
         "max_duration": DURATIONS,
-        **{name: INT32 for name in ("width", "height", "num_frames", "num_inference_steps", "fps")},
+        **dict.fromkeys(("width", "height", "num_frames", "num_inference_steps", "fps"), INT32),
         **{name: st.floats() for name in ("guidance_scale", "guidance_scale_2", "flow_shift", "boundary_ratio")},
     },
 )
