@@ -124,12 +124,18 @@ def take(run: dict[str, Any], event: pb.GenerationEvent, at_s: float) -> None:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    print(f"{result['device']}, {result['dtype']}, {result['attention']}, {result['video']}, ready in {result['load_s']} s")
-    print(f"{'run':>4} {'step s (high/low)':>24} {'decode s':>9} {'1st chunk after decode began s':>31} {'total s':>8} peak GiB")
+    print(
+        f"{result['device']}, {result['dtype']}, {result['attention']}, {result['video']}, ready in {result['load_s']} s"
+    )
+    print(
+        f"{'run':>4} {'step s (high/low)':>24} {'decode s':>9} {'1st chunk after decode began s':>31} {'total s':>8} peak GiB"
+    )
     for index, run in enumerate(result["runs"]):
         steps = " / ".join(f"{step['step_s']:.3f}" for step in run["steps"])
         after = run["first_chunk_s"] - run["decode_began_s"]
-        print(f"{index:>4} {steps:>24} {run['stage_s']['decode']:>9.2f} {after:>31.2f} {run['total_s']:>8.2f} {run['peak_gib']}")
+        print(
+            f"{index:>4} {steps:>24} {run['stage_s']['decode']:>9.2f} {after:>31.2f} {run['total_s']:>8.2f} {run['peak_gib']}"
+        )
 
 
 if __name__ == "__main__":
