@@ -21,6 +21,7 @@ _BACKENDS: Final = {
 }
 ATTENTIONS: Final = ("auto", "torch", *_BACKENDS)
 _HOPPER: Final = (9, 0)
+_HALF: Final = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +32,8 @@ class Attention:
     function: AttentionFunction
 
 
-def choose(wanted: str, *, device: torch.device) -> Attention:
-    """The kernel that `wanted` names; `auto` is the fastest exact one for `device`.
+def choose(wanted: str, *, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The kernel that `wanted` names; `auto` is the fastest exact one for `device` and `dtype`.
 
     Raises:
         ValueError: no such kernel, or not on this device.
@@ -40,21 +41,21 @@ def choose(wanted: str, *, device: torch.device) -> Attention:
     if wanted not in ATTENTIONS:
         raise ValueError(f"attention: {wanted} is not one of {', '.join(ATTENTIONS)}")
     if wanted == "auto":
-        wanted = _fastest(device)
-    if wanted == "cudnn" and device.type != "cuda":
-        raise ValueError(f"attention: cudnn needs a CUDA device, not {device}")
+        wanted = _fastest(device, dtype)
+    if wanted == "cudnn" and (device.type != "cuda" or dtype not in _HALF):
+        raise ValueError(f"attention: cudnn needs a CUDA device and half precision, not {device} and {dtype}")
     return Attention(name=f"{wanted}_sdpa", function=_sdpa(_BACKENDS.get(wanted)))
 
 
-def _fastest(device: torch.device) -> str:
-    """cuDNN by name from Hopper on (580-607 TFLOP/s on an H200, flash 369); elsewhere torch knows best."""
-    if device.type != "cuda" or torch.version.hip is not None:
+def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+    """From Hopper on cuDNN (580-607 TFLOP/s on an H200, flash 369), which computes in half precision only."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in _HALF:
         return "torch"
     return "cudnn" if torch.cuda.get_device_capability(device) >= _HOPPER else "torch"
 
 
 def _sdpa(backend: SDPBackend | None) -> AttentionFunction:
-    """torch's scaled dot product attention over [B, S, H, D], held to one backend if there is one to hold it to."""
+    """Scaled dot product attention of torch over [B, S, H, D], held to one backend if there is one to hold it to."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))

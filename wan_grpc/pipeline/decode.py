@@ -51,8 +51,8 @@ def _decode_slice(
 ) -> torch.Tensor:
     hidden = vae.post_quant_conv(_unscale(vae, latents.to(vae.dtype)))
     pixels = vae.decoder(hidden, feat_cache=features, feat_idx=[0], first_chunk=is_first)
-    if vae.config.patch_size is not None:
-        pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
+    if vae.config["patch_size"] is not None:
+        pixels = unpatchify(pixels, patch_size=vae.config["patch_size"])  # type: ignore[no-untyped-call]
     return torch.clamp(pixels, min=-1.0, max=1.0)
 
 
@@ -60,7 +60,7 @@ def _unscale(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """From the unit variance that the transformer works in to what the VAE made. [1, C, n, h, w] in and out."""
     mean, std = (
         torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
+        for values in (vae.config["latents_mean"], vae.config["latents_std"])
     )
     return latents * std + mean
 

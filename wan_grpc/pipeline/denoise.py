@@ -63,8 +63,8 @@ def predict(
 ) -> torch.Tensor:
     """The flow that one expert sees in the latents, guided away from the negative prompt. [1, C, F, h, w], fp32.
 
-    Classifier-free guidance (Ho and Salimans, 2022): uncond + scale * (cond - uncond), in fp32 whatever the experts use,
-    because the scale multiplies their rounding errors too.
+    Classifier-free guidance (Ho and Salimans, 2022): uncond + scale * (cond - uncond), in fp32 whatever the experts
+    use, because the scale multiplies their rounding errors too.
     """
     seen = latents.to(transformer.compute_dtype)
     timestep = timestep.expand(latents.shape[0])

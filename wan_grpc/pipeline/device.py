@@ -4,13 +4,19 @@ Knows CUDA (and ROCm, which torch calls cuda) and CPU. Does not know what is com
 """
 
 import contextlib
+import os
 import time
 from pathlib import Path
+from typing import Final
 
 import psutil
 import torch
 
 from wan_grpc.domain.errors import UnusableModelError
+
+_REPEATABLE: Final = {"MKL_CBWR": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+"""Read by MKL and torch when they compute for the first time."""
+_REPEATABLE_THREADS: Final = (1, 2, 4)
 
 
 def resolve_device(device: str, *, local_rank: int = 0) -> str:
@@ -29,6 +35,29 @@ def resolve_device(device: str, *, local_rank: int = 0) -> str:
     if kind == "cuda" and int(index) >= torch.cuda.device_count():
         raise UnusableModelError(f"device {device}: torch sees {torch.cuda.device_count()} GPUs here")
     return device
+
+
+def make_repeatable(device: str, *, num_threads: int) -> int:
+    """Let results on a CPU be the same bytes whether 1, 2 or 4 threads compute them; the number that will.
+
+    To be called before the first computation of the process. Matrix products must not choose a kernel by the number of
+    threads, and elementwise kernels treat the end of each thread's share in another way unless it fills whole vectors,
+    which other numbers of threads do not grant. `num_threads` is therefore rounded down to 1, 2 or 4.
+    """
+    if device != "cpu":
+        torch.set_num_threads(num_threads)
+        return num_threads
+    if "avx2" in _cpu_flags():
+        os.environ.update(_REPEATABLE)
+    num_threads = max(count for count in _REPEATABLE_THREADS if count <= max(num_threads, 1))
+    torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def _cpu_flags() -> set[str]:
+    with contextlib.suppress(OSError):
+        return set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    return set()
 
 
 def describe_device(device: torch.device) -> str:
@@ -85,11 +114,11 @@ class Stopwatch:
             return end - self._begin
         assert isinstance(end, torch.cuda.Event)
         end.synchronize()
-        return self._begin.elapsed_time(end) / 1000.0
+        return float(self._begin.elapsed_time(end)) / 1000.0
 
     def _mark(self) -> "float | torch.cuda.Event":
         if self._device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event

@@ -31,7 +31,7 @@ def fetch(repository: str, *, with_weights: bool) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UnusableModelError(
-            f"{repository} is no directory here and no model on huggingface.co (or it is private and HF_TOKEN is not set)"
+            f"{repository} is no directory here and no model on huggingface.co (a private one needs HF_TOKEN)"
         ) from error
     except (OSError, errors.HfHubHTTPError) as error:
         raise UnusableModelError(_unreachable(repository, offline=constants.HF_HUB_OFFLINE, error=error)) from error
@@ -42,8 +42,5 @@ def _unreachable(repository: str, *, offline: bool, error: Exception) -> str:
         return (
             f"{repository} is no directory here and not whole in the local cache, and HF_HUB_OFFLINE forbids a download"
         )
-    detail = str(error).strip().splitlines()
-    return (
-        f"{repository} is no directory here, not whole in the local cache, and cannot be downloaded: "
-        f"{detail[0] if detail else type(error).__name__}"
-    )
+    detail = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
+    return f"{repository} is no directory here, not whole in the local cache, and cannot be downloaded: {detail}"

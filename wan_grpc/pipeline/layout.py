@@ -137,7 +137,8 @@ def _config_problems(directory: Path, component: str, name: str) -> Iterator[str
             f"{config.get('use_flow_sigmas')}; flow_prediction with flow sigmas is needed"
         )
     elif component.startswith("transformer") and config.get("in_channels", 16) != config.get("out_channels", 16):
-        yield f"{component}/{name}: {config['in_channels']} input channels take an image (I2V), not served by this version"
+        channels = config["in_channels"]
+        yield f"{component}/{name}: {channels} input channels take an image (I2V), which is not served by this version"
 
 
 def _is_flow_matching(config: Mapping[str, Any]) -> bool:

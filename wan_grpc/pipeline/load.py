@@ -11,14 +11,14 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5EncoderModel
 
 from wan_grpc.domain.errors import UnusableModelError
 from wan_grpc.domain.variants import Expert
 from wan_grpc.pipeline.checkpoint import DUMMY, LOAD_FORMATS, Checkpoint
 from wan_grpc.pipeline.device import resolve_device
 from wan_grpc.pipeline.layout import TOKENIZER_FILES
-from wan_grpc.pipeline.text import TextEncoder
+from wan_grpc.pipeline.text import TextEncoder, umt5
 from wan_grpc.pipeline.tokenizer import END, PAD, UNKNOWN, byte_tokenizer
 from wan_grpc.pipeline.transformer import AttentionFunction, WanTransformer, torch_attention
 from wan_grpc.pipeline.video import VideoPipeline
@@ -90,34 +90,30 @@ class _Builder:
 
     def transformer(self, component: str, dtype: torch.dtype) -> WanTransformer:
         config = dict(self._checkpoint.component(component))
-        model = self._fill(component, lambda: WanTransformer.from_config(config), dtype)
+        model: WanTransformer = self._fill(component, lambda: WanTransformer.from_config(config), dtype)
         # The tables of positions are no weights: they come from no file, and must not stay on the meta device.
         model.rope = WanRotaryPosEmbed(
-            model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len
+            model.config["attention_head_dim"], model.config["patch_size"], model.config["rope_max_seq_len"]
         ).to(self.device)
         return model
 
     def vae(self, dtype: torch.dtype) -> AutoencoderKLWan:
         config = dict(self._checkpoint.component("vae"))
-        return self._fill("vae", lambda: AutoencoderKLWan.from_config(config), dtype)
+        model: AutoencoderKLWan = self._fill("vae", lambda: AutoencoderKLWan.from_config(config), dtype)
+        return model
 
     def text_model(self, dtype: torch.dtype) -> UMT5EncoderModel:
-        return self._fill("text_encoder", self._empty_text_model, dtype)
+        return self._fill("text_encoder", lambda: umt5(self._checkpoint.component("text_encoder")), dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         directory = self._checkpoint.directory
         folder = None if directory is None else Path(directory, "tokenizer")
         if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
-            return PreTrainedTokenizerFast(
+            return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
                 tokenizer_object=byte_tokenizer(), pad_token=PAD, eos_token=END, unk_token=UNKNOWN
             )
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return tokenizer
-
-    def _empty_text_model(self) -> UMT5EncoderModel:
-        model = UMT5EncoderModel(UMT5Config.from_dict(dict(self._checkpoint.component("text_encoder"))))
-        model.encoder.embed_tokens = model.shared  # one table: files name it once, under either name
-        return model
 
     def _fill(self, component: str, make: Callable[[], M], dtype: torch.dtype) -> M:
         with torch.device("meta"):

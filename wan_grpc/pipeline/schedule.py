@@ -29,6 +29,10 @@ class Schedule:
         self._scheduler = scheduler
 
     def step(self, index: int, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The latents one step further, from the flow predicted at step `index`. [1, C, F, h, w] each, fp32."""
+        """The latents one step further, from the flow predicted at step `index`. [1, C, F, h, w] each, fp32.
+
+        From the second step on, the corrector's 2 x 2 system is solved on the device and checked on the host: that wait
+        is part of the step's own, since all of its predictions are enqueued by then.
+        """
         stepped: torch.Tensor = self._scheduler.step(noise, self.device_timesteps[index], latents, return_dict=False)[0]
         return stepped

@@ -6,11 +6,12 @@ Knows how diffusers cleans, tokenizes, encodes and pads a prompt, and remembers 
 import html
 import re
 from collections import OrderedDict
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import ftfy
 import torch
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 NUM_TOKENS: Final = 512
 NUM_REMEMBERED: Final = 16
@@ -21,6 +22,13 @@ def clean(prompt: str) -> str:
     """The prompt as the model was trained to read it: broken Unicode mended, entities resolved, white space single."""
     mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", mended.strip()).strip()
+
+
+def umt5(config: Mapping[str, Any]) -> UMT5EncoderModel:
+    """The encoder with the weights that it is born with: one embedding table, which files name once or twice."""
+    model = UMT5EncoderModel(UMT5Config.from_dict(dict(config)))
+    model.encoder.embed_tokens = model.shared
+    return model
 
 
 class TextEncoder:

@@ -12,11 +12,11 @@ from typing import Any, Final
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
 
 from wan_grpc.pipeline.layout import WEIGHT_STEMS
+from wan_grpc.pipeline.text import umt5
 from wan_grpc.pipeline.tokenizer import TOKENIZER_CONFIG, byte_tokenizer
 from wan_grpc.pipeline.weights import random_weights
 
@@ -37,7 +37,8 @@ def write_model(directory: Path, configs: Mapping[str, Mapping[str, Any]]) -> No
         if isinstance(model, AutoencoderKLWan):
             _smooth(model)
         state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        save_file(state, directory / component / f"{stem}.safetensors", metadata={"format": "pt"})
+        file = directory / component / f"{stem}.safetensors"
+        file.write_bytes(save(state, metadata={"format": "pt"}))
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -49,13 +50,12 @@ def _model(component: str, config: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
         match component:
             case "text_encoder":
-                model = UMT5EncoderModel(UMT5Config.from_dict(dict(config)))
-                model.encoder.embed_tokens = model.shared
-                return model
+                model: nn.Module = umt5(config)
             case "vae":
-                return AutoencoderKLWan.from_config(dict(config))
+                model = AutoencoderKLWan.from_config(dict(config))
             case _:
-                return WanTransformer3DModel.from_config(dict(config))
+                model = WanTransformer3DModel.from_config(dict(config))
+    return model
 
 
 def _smooth(vae: AutoencoderKLWan) -> None:
@@ -67,7 +67,7 @@ def _smooth(vae: AutoencoderKLWan) -> None:
 
 
 def _blurring(weight: torch.Tensor) -> torch.Tensor:
-    """One value for each pair of channels, spread over the kernel as a bell that sums to 1. [out, in, ...] in and out."""
+    """One value for each pair of channels, spread over the kernel as a bell that sums to 1. [out, in, ...]."""
     bell = torch.ones(())
     for width in weight.shape[2:]:
         bell = bell.unsqueeze(-1) * torch.tensor(_BELLS[width])

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, WanTransformerBlock
 
 AttentionFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v) -> out, each [B, S, H, D]; S of k and v may differ from that of q. No mask, scale D ** -0.5."""
@@ -19,7 +19,7 @@ RotaryEmbedding: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 def torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """torch's scaled dot product attention with the backend that torch itself prefers. [B, S, H, D] in and out."""
+    """Scaled dot product attention with the backend that torch itself prefers. [B, S, H, D] in and out."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
@@ -73,7 +73,7 @@ def _project_out(attn: WanAttention, attended: torch.Tensor) -> torch.Tensor:
 
 def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """Turn each pair of values by the angle of its position (RoPE, Su et al., 2021). [B, S, H, D] in and out."""
-    even, odd = states.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = states[..., 0::2], states[..., 1::2]
     cosines, sines = cosines[..., 0::2], sines[..., 1::2]
     rotated = torch.empty_like(states)
     rotated[..., 0::2] = even * cosines - odd * sines
@@ -92,8 +92,9 @@ class WanTransformer(WanTransformer3DModel):
     def set_attention(self, attention: AttentionFunction) -> None:
         """Let self-attention of every block go through `attention`."""
         for block in self.blocks:
-            block.attn1.set_processor(SelfAttention(attention))
-            block.attn2.set_processor(TextAttention())
+            assert isinstance(block, WanTransformerBlock)
+            block.attn1.set_processor(SelfAttention(attention))  # type: ignore[arg-type]  # its type lists diffusers' own
+            block.attn2.set_processor(TextAttention())  # type: ignore[arg-type]
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """The flow at `timestep` [B] in `latents` [B, C, F, h, w], given `text` [B, 512, text_dim]. Shaped as latents.
@@ -103,7 +104,7 @@ class WanTransformer(WanTransformer3DModel):
         output: torch.Tensor = self(latents, timestep, text, return_dict=False)[0]
         return output
 
-    def forward(
+    def forward(  # noqa: PLR0917 (the signature of diffusers)
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
@@ -138,7 +139,7 @@ class WanTransformer(WanTransformer3DModel):
         shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
         patches: torch.Tensor = self.proj_out(tokens)
-        time, rows, columns = self.config.patch_size
+        time, rows, columns = self.config["patch_size"]
         grid = (shape[2] // time, shape[3] // rows, shape[4] // columns)
-        patches = patches.unflatten(2, (time, rows, columns, -1)).unflatten(1, grid)
+        patches = patches.reshape(shape[0], *grid, time, rows, columns, -1)
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

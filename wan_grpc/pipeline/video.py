@@ -40,7 +40,7 @@ class VideoPipeline:
         self.vae = vae
         self.device = device
         self.attention_name = attention_name
-        self._scheduler_config = scheduler_config
+        self.scheduler_config = scheduler_config
 
     @property
     def dtype_name(self) -> str:
@@ -50,7 +50,7 @@ class VideoPipeline:
     def generate(
         self, video: VideoRequest, *, on_step: Callable[[Progress], None]
     ) -> Generator[torch.Tensor, None, None]:
-        """The pictures of `video`, in order, as they are decoded: uint8 RGB [n, H, W, 3] on the CPU, 1 first, then 4 each.
+        """The pictures of `video`, in order, as they are decoded: uint8 RGB [n, H, W, 3] on the CPU, 1 first, then 4s.
 
         on_step: called with step 0 when a stage starts and then whenever the device has finished a step of it. What it
             raises ends the video at once; nothing of it stays behind, and the next video is not affected.
@@ -62,7 +62,7 @@ class VideoPipeline:
         """The denoised latents of `video`, [1, C, F, h, w], fp32 on the device."""
         prompts = self._encode(video, on_step)
         schedule = Schedule(
-            self._scheduler_config,
+            self.scheduler_config,
             flow_shift=video.flow_shift,
             num_inference_steps=video.num_inference_steps,
             device=self.device,
@@ -95,8 +95,8 @@ class VideoPipeline:
     def _noise(self, video: VideoRequest) -> torch.Tensor:
         shape = latent_shape(
             video,
-            num_channels=self.vae.config.z_dim,
-            temporal_factor=self.vae.config.scale_factor_temporal,
-            spatial_factor=self.vae.config.scale_factor_spatial,
+            num_channels=self.vae.config["z_dim"],
+            temporal_factor=self.vae.config["scale_factor_temporal"],
+            spatial_factor=self.vae.config["scale_factor_spatial"],
         )
         return draw_noise(shape, seed=video.seed).to(self.device)

@@ -61,7 +61,7 @@ def random_weights(
 def random_values(
     name: str, shape: torch.Size, *, generator: torch.Generator, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """One parameter: 0 for a bias, 1 for a norm, else even over ±√3 σ with σ keeping the variance of what it multiplies."""
+    """One parameter: 0 for a bias, 1 for a norm, else even over ±√3 σ, where σ keeps the variance of its input."""
     if name.endswith("bias"):
         return torch.zeros(shape, device=device, dtype=dtype)
     if len(shape) == 1 or name.endswith("gamma"):
@@ -73,7 +73,7 @@ def random_values(
 
 
 def dtype_of(name: str, dtype: torch.dtype, in_fp32: Collection[str]) -> torch.dtype:
-    """diffusers' rule: a parameter under one of the named modules stays in fp32."""
+    """The rule of diffusers: a parameter under one of the named modules stays in fp32."""
     return torch.float32 if any(part in in_fp32 for part in name.split(".")) else dtype
 
 
@@ -83,8 +83,8 @@ def _spread(name: str, shape: torch.Size) -> float:
     if "relative_attention_bias" in name:
         return 0.1
     if name.endswith("scale_shift_table"):
-        return float(shape[-1] ** -0.5)
-    return math.prod(shape[1:]) ** -0.5
+        return 1.0 / math.sqrt(shape[-1])
+    return 1.0 / math.sqrt(math.prod(shape[1:]))
 
 
 def _open(path: Path, device: torch.device) -> safe_open:
