@@ -15,7 +15,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc_status.rpc_status import to_status as to_grpc_status
 
-from wan_grpc.domain.errors import InvalidRequestError, Reason, ServiceError, Violation
+from wan_grpc.domain.errors import Reason, ServiceError
 from wan_grpc.rpc.errors import bug_status, to_status
 
 REQUEST_ID_KEY = "x-request-id"
@@ -128,8 +128,7 @@ def _parse(handler: Handler, raw: bytes) -> Any:
     try:
         return handler.request_deserializer(raw)
     except DecodeError:
-        violation = Violation(field="", description="the bytes are not a message of this method", reason="MALFORMED")
-        raise InvalidRequestError((violation,)) from None
+        raise ServiceError(Reason.INVALID_REQUEST, "the bytes are not a message of this method") from None
 
 
 def _header(context: Context) -> str | None:

@@ -416,7 +416,7 @@ async def test_bytes_that_are_no_message(channel: grpc.aio.Channel) -> None:
     call = channel.unary_unary("/wan_grpc.v1.VideoGenerationService/CreateGeneration")(b"\xff\xff\xff")
     code, sentence, details = await refusal(call)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert sentence == ": the bytes are not a message of this method"
+    assert sentence == "the bytes are not a message of this method"
     assert details["ErrorInfo"].reason == "INVALID_REQUEST"
 
 
