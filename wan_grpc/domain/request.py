@@ -99,7 +99,7 @@ def resolve(request: GenerationRequest, card: ModelCard, *, fallback_seed: int) 
     violations = (
         *_text_violations(video, card),
         *_size_violations(video, card),
-        *_number_violations(video, card),
+        *_number_violations(request, video, card),
         *_job_violations(request, card),
     )
     if violations:
@@ -140,12 +140,13 @@ def _size_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation
         yield Violation(field="spec.num_frames", description=sentence, reason="TOO_LARGE")
 
 
-def _number_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation]:
+def _number_violations(request: GenerationRequest, video: VideoRequest, card: ModelCard) -> Iterator[Violation]:
     steps = card.limits.max_inference_steps
     yield from _outside("spec.num_inference_steps", video.num_inference_steps, 1, steps)
     yield from _outside("spec.fps", video.fps, 1, MAX_FPS)
     yield from _outside("spec.guidance_scale", video.guidance_scale, 0.0, MAX_GUIDANCE)
-    yield from _outside("spec.guidance_scale_2", video.guidance_scale_2, 0.0, MAX_GUIDANCE)
+    if request.guidance_scale_2 is not None:  # else it is guidance_scale again, and has been complained about
+        yield from _outside("spec.guidance_scale_2", video.guidance_scale_2, 0.0, MAX_GUIDANCE)
     if not 0.0 < video.flow_shift <= MAX_FLOW_SHIFT:
         sentence = f"{video.flow_shift} is not above 0 and at most {MAX_FLOW_SHIFT}"
         yield Violation(field="spec.flow_shift", description=sentence, reason="OUT_OF_RANGE")
