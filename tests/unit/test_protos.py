@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 import subprocess
@@ -86,7 +87,7 @@ def test_generated_code_is_what_the_protos_give() -> None:
     """Nobody edited the generated code, and nobody forgot to generate it."""
     done = subprocess.run(
         [PROTOS / "generate.sh", "--check"],
-        env={"PATH": f"{BUF.parent}:/usr/bin:/bin", "PYTHON": sys.executable},
+        env={**os.environ, "BUF": str(BUF), "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         timeout=110,
