@@ -1,12 +1,19 @@
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import WanPipeline
 
 from tests import tiny
 from wan_grpc.pipeline.checkpoint import Checkpoint, locate
 from wan_grpc.pipeline.load import load
 from wan_grpc.pipeline.video import VideoPipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Shapes this small gain nothing from more, and lose much to waiting where other processes keep the cores busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

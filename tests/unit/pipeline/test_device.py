@@ -81,7 +81,7 @@ make_repeatable("cpu", num_threads=1)
 checkpoint = locate(sys.argv[1], load_format="auto")
 card = read_card(checkpoint, model_id="tiny")
 pipeline = load(checkpoint, device="cpu", dtype="float32", load_format="auto")
-for size in ((16, 16, 9), (64, 80, 5), (128, 96, 5), (208, 176, 1)):
+for size in ((16, 16, 9), (64, 80, 5), (128, 96, 1)):
     width, height, num_frames = size
     request = GenerationRequest(
         prompt="a cat", width=width, height=height, num_frames=num_frames, num_inference_steps=3
@@ -102,7 +102,7 @@ def test_results_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "tiny")
     command = [sys.executable, "-c", THREADS, str(tmp_path / "tiny")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
-    assert done.stdout.splitlines() == ["(16, 16, 9) 1", "(64, 80, 5) 1", "(128, 96, 5) 1", "(208, 176, 1) 1"]
+    assert done.stdout.splitlines() == ["(16, 16, 9) 1", "(64, 80, 5) 1", "(128, 96, 1) 1"]
 
 
 @pytest.mark.parametrize(("asked", "given"), [(0, 1), (1, 1), (2, 2), (3, 2), (4, 4), (64, 4)])
