@@ -56,10 +56,12 @@ async def serve(settings: ServeSettings, on_listening: Callable[[str, int], None
         metrics.observe(observation)
         logs.observe(observation)
 
-    with _metrics_server(settings, metrics):
-        async with running_engine(settings, _engine_options(settings), observe) as engine:
+    with _metrics_server(settings, metrics) as scraped:
+        async with composed_engine(settings, _engine_options(settings), observe) as engine:
             server = build_server(engine, _server_options(settings))
-            await server.start()
+            await server.start()  # before the ranks: an address that cannot be had is told at once
+            await engine.start()
+            log.info("listening", port=server.port, metrics_port=scraped.port if scraped else None)
             on_listening(settings.host, server.port)
             return await _until_told_to_stop(engine, server)
 
@@ -85,7 +87,8 @@ async def generate(settings: GenerateSettings, on_event: Callable[[Event], None]
     """
     logs.configure(level=settings.log_level, log_format=settings.log_format)
     prepare_forkserver()
-    async with running_engine(settings, EngineOptions(max_queue=1), logs.observe) as engine:
+    async with composed_engine(settings, EngineOptions(max_queue=1), logs.observe) as engine:
+        await engine.start()
         generation = await engine.submit(_request(settings), watched=True)
         with _output_file(settings, generation.video) as output:
             async with aclosing(engine.watch(generation.name)) as records:
@@ -97,17 +100,16 @@ async def generate(settings: GenerateSettings, on_event: Callable[[Event], None]
 
 
 @asynccontextmanager
-async def running_engine(
+async def composed_engine(
     settings: RankSettings, options: EngineOptions, observe: Observe
 ) -> AsyncGenerator[Engine, None]:
-    """An engine whose ranks are starting, and which is gone with all it held when the block ends."""
+    """An engine that is ready to be started, and which is gone with all it held when the block ends."""
     checkpoint, card = find_model(settings)
     with closing(Spool(settings.spool_dir)) as spool:
         executor = Executor(
             plan_ranks(settings, checkpoint, spool.directory), card, policy=_restart_policy(settings), observe=observe
         )
         engine = Engine(card, executor, spool, options=options, observe=observe)
-        await engine.start()
         try:
             yield engine
         finally:
@@ -160,7 +162,7 @@ def _restart_policy(settings: RankSettings) -> RestartPolicy:
 # ---- serve ----------------------------------------------------------------------------------------------------------
 
 
-def _metrics_server(settings: ServeSettings, metrics: Metrics) -> AbstractContextManager[object]:
+def _metrics_server(settings: ServeSettings, metrics: Metrics) -> AbstractContextManager[MetricsServer | None]:
     if settings.metrics_port == OFF:
         return nullcontext()
     return MetricsServer(metrics, host=settings.metrics_host or settings.host, port=settings.metrics_port)

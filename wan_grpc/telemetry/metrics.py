@@ -173,7 +173,10 @@ class MetricsServer:
     def __enter__(self) -> Self:
         self._server: WSGIServer
         self._thread: Thread
-        self._server, self._thread = start_http_server(self._port, self._host, registry=self._metrics.registry)
+        try:
+            self._server, self._thread = start_http_server(self._port, self._host, registry=self._metrics.registry)
+        except OSError as error:
+            raise OSError(f"metrics cannot be served on {self._host} port {self._port}: {error.strerror}") from error
         return self
 
     @property
