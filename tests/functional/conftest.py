@@ -1,0 +1,23 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.functional import checkpoint
+from tests.functional.live import LiveServer, running_server
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that diffusers saved. Not to be written to."""
+    return tiny.save(checkpoint.make_pipeline(), tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def live(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server of that checkpoint for all tests that leave it as it was."""
+    directory = tmp_path_factory.mktemp("live")
+    flags = ("--model-path", str(checkpoint_dir), "--cpu-threads", "1", "--heartbeat-s", "0.2", "--drain-window-s", "0")
+    with running_server(directory, *flags) as server:
+        yield server
