@@ -88,8 +88,8 @@ async def generate(settings: GenerateSettings, on_event: Callable[[Event], None]
     logs.configure(level=settings.log_level, log_format=settings.log_format)
     prepare_forkserver()
     async with composed_engine(settings, EngineOptions(max_queue=1), logs.observe) as engine:
-        await engine.start()
         generation = await engine.submit(_request(settings), watched=True)
+        await engine.start()  # only now: a request that breaks rules is told at once
         with _output_file(settings, generation.video) as output:
             async with aclosing(engine.watch(generation.name)) as records:
                 async for record in records:
