@@ -8,11 +8,13 @@ loopback with the generated stubs, and prints a table. Run it on an otherwise id
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,9 +29,9 @@ START_TIMEOUT_S = 600.0
 def main() -> None:
     options = read_options()
     began = time.monotonic()
-    with server(options.model_path, options.serve) as address, grpc.insecure_channel(address) as channel:
+    with server(options.model_path, options.serve) as (process, address), grpc.insecure_channel(address) as channel:
         stub = VideoGenerationServiceStub(channel)
-        deployment = wait_ready(stub)
+        deployment = wait_ready(stub, process)
         load_s = time.monotonic() - began
         runs = [generate(stub, options) for _ in range(options.runs)]
     result = {
@@ -43,7 +45,7 @@ def main() -> None:
     }
     print_table(result)
     if options.out:
-        with open(options.out, "w", encoding="utf-8") as file:
+        with Path(options.out).open("w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
 
 
@@ -57,13 +59,13 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--boundary-ratio", type=float, help="0.95 lets both experts run when there are two steps")
     parser.add_argument("--runs", type=int, default=2, help="the first one warms up")
     parser.add_argument("--out", help="JSON file for the full result")
-    parser.add_argument("--serve", nargs="*", default=["--load-format", "dummy"], help="flags of the server")
+    parser.add_argument("--serve", type=shlex.split, default="--load-format dummy", help="flags of the server")
     return parser.parse_args()
 
 
 @contextmanager
-def server(model_path: str, flags: list[str]) -> Iterator[str]:
-    """A server of its own on a free port; its address. Ended by its pid."""
+def server(model_path: str, flags: list[str]) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A server of its own on a free port, and its address. Ended by its pid."""
     command = [sys.executable, "-m", "wan_grpc.cli", "serve", "--model-path", model_path]
     command += ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -71,20 +73,20 @@ def server(model_path: str, flags: list[str]) -> Iterator[str]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("listening on "), line
-        yield line.removeprefix("listening on ").strip()
+        yield process, line.removeprefix("listening on ").strip()
     finally:
         process.terminate()
         process.wait(60)
 
 
-def wait_ready(stub: VideoGenerationServiceStub) -> Any:
+def wait_ready(stub: VideoGenerationServiceStub, process: "subprocess.Popen[str]") -> Any:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        deployment = stub.GetModel(GetModelRequest(), wait_for_ready=True).deployment
+    while time.monotonic() < deadline and process.poll() is None:
+        deployment = stub.GetModel(GetModelRequest(), timeout=10.0).deployment
         if deployment.ready:
             return deployment
         time.sleep(0.5)
-    raise SystemExit(f"not ready within {START_TIMEOUT_S:g} s: {deployment.detail}")
+    raise SystemExit(f"not ready within {START_TIMEOUT_S:g} s, or ended: {process.poll()}")
 
 
 def generate(stub: VideoGenerationServiceStub, options: argparse.Namespace) -> dict[str, Any]:

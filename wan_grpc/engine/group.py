@@ -63,6 +63,9 @@ def prepare_forkserver() -> None:
     It imports torch, diffusers and transformers once, and leaves CUDA alone, so that each rank starts in a moment.
     """
     multiprocessing.set_forkserver_preload(["wan_grpc.engine.worker"])
+    # Some library asks torch at import whether there is a GPU. Answered by the CUDA runtime, that would bar every fork
+    # from CUDA for good; answered by NVML it touches nothing.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # Whoever ends a service may send SIGTERM to each of its processes. This one is born deaf to it, for the ranks die
     # with it, and they are to finish what the server still drains.
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
