@@ -268,9 +268,9 @@ class LiveServer:
         stub = VideoGenerationServiceStub(channel or self.channel)
         return Stream(stub.Generate(generate_request(made, request_id), timeout=timeout_s))
 
-    def watch(self, name: str, *, after: int = 0, from_offset: int = 0) -> Stream:
+    def watch(self, name: str, *, after: int = 0, from_offset: int = 0, timeout_s: float | None = None) -> Stream:
         request = service_pb2.WatchGenerationRequest(name=name, after_sequence=after, from_offset=from_offset)
-        return Stream(self.stub.WatchGeneration(request), from_offset=from_offset)
+        return Stream(self.stub.WatchGeneration(request, timeout=timeout_s), from_offset=from_offset)
 
     def create(self, made: pb.GenerationSpec, *, request_id: str = "") -> pb.Generation:
         request = service_pb2.CreateGenerationRequest(spec=made, request_id=request_id)
