@@ -20,7 +20,7 @@ from typing import Any
 
 import grpc
 
-from wan_grpc.app import running_engine
+from wan_grpc.app import composed_engine
 from wan_grpc.config import ServeSettings
 from wan_grpc.domain.events import Completed, Progress, Stage
 from wan_grpc.domain.observations import Observation
@@ -188,7 +188,8 @@ async def chunk_rate(stub: Any, name: str, num_readers: int) -> float:
 
 async def latency_figures(num_runs: int) -> dict[str, float]:
     settings = ServeSettings(cpu_threads=1)
-    async with running_engine(settings, EngineOptions(), ignore) as engine, served(engine) as stub:
+    async with composed_engine(settings, EngineOptions(), ignore) as engine, served(engine) as stub:
+        await engine.start()
         ways: dict[str, Callable[[int], Any]] = {
             "engine": lambda seed: through_engine(engine, seed),
             "grpc": lambda seed: through_grpc(stub, seed),

@@ -79,7 +79,8 @@ def observe(observation: Observation) -> None:
         case Refused(reason=reason):
             log.info("request refused", reason=reason)
         case Admitted(name=name, request_id=request_id):
-            log.info("generation admitted", generation=name, request_id=request_id)
+            named = {} if request_id is None else {"request_id": request_id}  # else the call's own id stands there
+            log.info("generation admitted", generation=name, **named)
         case Started(name=name, wait_s=wait_s):
             log.info("generation started", generation=name, wait_s=round(wait_s, 3))
         case StepEnded(name=name, expert=expert, seconds=seconds):
