@@ -214,7 +214,8 @@ async def _stop_server(engine: Engine, server: RpcServer, signals: "asyncio.Queu
     await asyncio.wait({stopping, again}, return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
         log.warning("cancelling what still runs", signal=again.result())
-        await engine.drain(0.0)  # leaves nothing for the drain that is under way to wait for
+        server.hurry()
+        await engine.drain(0.0)  # which is also the end of a drain that is under way
     again.cancel()
     await stopping
 

@@ -5,6 +5,7 @@ Knows generations, their order and their ends. Does not know protobuf, gRPC, or 
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 import uuid
@@ -107,6 +108,7 @@ class Engine:
         self._pace = Pace()
         self._changed = Bell()
         self._draining = False
+        self._drain_until = math.inf
         # One more than may hang over: the video that the ranks are at is encoded meanwhile, too.
         self._threads = ThreadPoolExecutor(options.max_encoding + 1, thread_name_prefix="encoder")
         self._may_encode = asyncio.Semaphore(options.max_encoding + 1)
@@ -120,13 +122,17 @@ class Engine:
         self._background(self._schedule())
 
     async def drain(self, timeout_s: float) -> None:
-        """Admit nothing more, let what was accepted end and be read, and cancel what has not by `timeout_s`."""
+        """Admit nothing more, let what was accepted end and be read, and cancel what has not by `timeout_s`.
+
+        A second call may bring that time forward for the first one, too.
+        """
         self._draining = True
         self._executor.changed.ring()
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        while self._busy() and loop.time() < deadline:
-            await rang(self._changed.ticket(), deadline - loop.time())
+        self._drain_until = min(self._drain_until, loop.time() + timeout_s)
+        self._changed.ring()
+        while self._busy() and loop.time() < self._drain_until:
+            await rang(self._changed.ticket(), self._drain_until - loop.time())
         unfinished = self._unfinished()
         for job in unfinished:
             self._stop(job, _SHUTTING_DOWN)
