@@ -408,9 +408,7 @@ def running_server(
         server.close()
 
 
-def start_server(
-    directory: Path, *flags: str, spool_dir: Path, program: Sequence[str] | None = None
-) -> LiveServer:
+def start_server(directory: Path, *flags: str, spool_dir: Path, program: Sequence[str] | None = None) -> LiveServer:
     """A server that listens; its ranks are starting. `program` stands for `wan-grpc serve`."""
     directory.mkdir(parents=True, exist_ok=True)
     log_path = directory / f"server-{time.monotonic_ns()}.log"

@@ -68,7 +68,13 @@ def test_frames_are_those_of_diffusers(live: LiveServer, reference: tiny.WanPipe
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"flow_shift": 11.5}, {"boundary_ratio": 0.95}, {"guidance_scale": 4.1}, {"negative_prompt": "sharp"}, {"seed": 8}],
+    [
+        {"flow_shift": 11.5},
+        {"boundary_ratio": 0.95},
+        {"guidance_scale": 4.1},
+        {"negative_prompt": "sharp"},
+        {"seed": 8},
+    ],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_the_bound_notices_an_error(live: LiveServer, reference: tiny.WanPipeline, wrong: dict[str, object]) -> None:
