@@ -82,11 +82,13 @@ $(BIN)/python:
 
 # A stamp stands for an install: as long as nothing that it depends on changed, the second run does nothing.
 $(VENV)/.server: $(LOCKED) | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[server]'
+	@echo "Installing the locked packages of [server] into $(VENV); the first time takes a minute or two"
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[server]'
 	@touch $@
 
 $(VENV)/.dev: $(LOCKED) | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[server,dev]'
+	@echo "Installing the locked packages of [server,dev] into $(VENV); the first time takes a minute or two"
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[server,dev]'
 	@touch $(VENV)/.server $@
 
 promtool: ## promtool, which checks the metrics: from PATH, else from the distribution's package `prometheus`

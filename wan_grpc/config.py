@@ -171,7 +171,7 @@ class ServeSettings(RankSettings):
     )
     drain_window_s: SecondsOrNone = _setting(
         5.0,
-        "on SIGTERM: time in which requests are still taken while health already says NOT_SERVING, for balancers to see",
+        "on SIGTERM: time to go on taking requests while health already says NOT_SERVING, for balancers to see",
         group="stopping",
     )
     drain_timeout_s: SecondsOrNone = _setting(
