@@ -20,7 +20,8 @@ def show_event(bar: Bar, event: Event) -> None:
                 bar.say(f"warning: {warning}")
         case Queued():
             start = "" if event.eta_s is None else f", starts in about {event.eta_s:.0f} s"
-            bar.wait(f"queued, {event.position} before this one{start}")
+            place = f"{event.position} before this one" if event.position else "next in line"
+            bar.wait(f"queued, {place}{start}")
         case Progress():
             bar.show(
                 stage=event.stage,
@@ -86,7 +87,8 @@ def model_lines(answer: service_pb.GetModelResponse) -> Iterator[str]:
     model, deployment = answer.model, answer.deployment
     yield f"model: {model.model_id}" + (" (random weights: its videos are noise)" if model.embedded else "")
     yield f"server: wan-grpc {answer.server_version}, {'ready' if deployment.ready else deployment.detail}"
-    yield f"runs on: {deployment.topology.world_size} x {deployment.device}, {deployment.dtype}"
+    if deployment.device:
+        yield f"runs on: {deployment.topology.world_size} x {deployment.device}, {deployment.dtype}"
     load = f"{deployment.num_running} running, {deployment.num_queued} waiting"
     yield f"queue: {load}, room for {model.limits.max_queued}"
     yield f"tasks: {', '.join(words(pb.Task, model.tasks))}"

@@ -1,0 +1,258 @@
+"""The Python client and its command against a real server."""
+
+import asyncio
+import hashlib
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.functional.live import ROOT, LiveServer, environment, eventually
+from wan_grpc.v1 import generation_pb2 as pb
+from wan_grpc_client import (
+    Accepted,
+    AsyncClient,
+    Chunk,
+    Client,
+    Completed,
+    GenerationCancelledError,
+    Options,
+    Progress,
+    RefusedError,
+    VideoInfo,
+    generate,
+)
+
+SMALL = Options(width=64, height=48, num_frames=5, num_inference_steps=4, seed=7)
+LONG = Options(width=192, height=192, num_frames=17, num_inference_steps=150)
+SMALL_FLAGS = ("--width=64", "--height=48", "--num-frames=5", "--num-inference-steps=4", "--seed=7")
+LONG_FLAGS = ("--width=192", "--height=192", "--num-frames=17", "--num-inference-steps=150")
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "clients" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def command(live: LiveServer, *arguments: str) -> list[str]:
+    name, *rest = arguments
+    return [sys.executable, "-m", "wan_grpc_client.cli", name, "--address", live.address, *rest]
+
+
+def run(live: LiveServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(live, *arguments), env=environment(), capture_output=True, text=True, timeout=90, check=False
+    )
+
+
+@contextmanager
+def denoising(live: LiveServer, output: Path) -> Iterator[subprocess.Popen[str]]:
+    """`wan-grpc-client generate` whose generation is being denoised."""
+    arguments = command(live, "generate", "--prompt", "a cat", *LONG_FLAGS, "--output", str(output))
+    with subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            while not (line := process.stderr.readline()).startswith("denoise"):
+                assert line, "it ended before it was denoised"
+            yield process
+        finally:
+            process.kill()
+
+
+def newest(live: LiveServer) -> pb.Generation:
+    return live.get(live.names()[0])
+
+
+# ---- the library ----------------------------------------------------------------------------------------------------
+
+
+def test_a_generation_from_end_to_end(live: LiveServer, tmp_path: Path) -> None:
+    """Steps come in order, the file is the video, and what was accepted is what was asked for."""
+    path = tmp_path / "cat.rgb"
+    with generate(live.address, "a cat", output=path, output_format="raw_rgb24", **SMALL) as generation:
+        events = list(generation)
+        video = generation.result()
+    data = path.read_bytes()
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (5 * 48 * 64 * 3, video.sha256)
+    assert (type(events[0]), type(events[-1])) == (Accepted, Completed)
+    assert b"".join(event.data for event in events if isinstance(event, Chunk)) == data
+    steps = [event.step for event in events if isinstance(event, Progress) and event.stage == "denoise"]
+    assert steps == sorted(set(steps) & {0, 1, 2, 3, 4})
+    assert steps
+    assert [event for event in events if isinstance(event, VideoInfo)] == [video.info]
+    assert (video.resolved.seed, video.resolved.width, video.info.num_frames) == (7, 64, 5)
+
+
+async def test_async_generations_side_by_side(live: LiveServer, tmp_path: Path) -> None:
+    """Two at once on one client wait for each other on the server only, and equal requests give equal bytes."""
+    async with AsyncClient(live.address) as client:
+
+        async def make(name: str) -> str:
+            async with client.generate("a cat", output=tmp_path / name, **SMALL) as generation:
+                return (await generation.result()).sha256
+
+        first, second = await asyncio.gather(make("a.mp4"), make("b.mp4"))
+    assert first == second == hashlib.sha256((tmp_path / "b.mp4").read_bytes()).hexdigest()
+
+
+async def test_a_cancelled_task_frees_the_server(live: LiveServer) -> None:
+    """The generation is final, and as the caller's wish, by the time that the task has ended."""
+    async with AsyncClient(live.address) as client:
+        is_denoised = asyncio.Event()
+        generation = client.generate("a cat", **LONG)
+
+        async def make() -> None:
+            async for event in generation:
+                if isinstance(event, Progress) and event.stage == "denoise":
+                    is_denoised.set()
+
+        task = asyncio.create_task(make())
+        await is_denoised.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        status = await client.get_generation(generation.name or "")
+    assert (status.state, status.error.reason if status.error else "") == ("cancelled", "CANCELLED_BY_CALLER")
+
+
+def test_leaving_early_frees_the_server(live: LiveServer) -> None:
+    """A `with` block that is left during denoising ends the generation, and a watcher of it hears why."""
+    with Client(live.address) as client:
+        with client.generate("a cat", **LONG) as generation:
+            for event in generation:
+                if isinstance(event, Progress) and event.stage == "denoise":
+                    break
+        assert generation.name is not None
+        with client.watch(generation.name) as watched, pytest.raises(GenerationCancelledError) as caught:
+            watched.result()
+    assert (caught.value.reason, caught.value.generation_state) == ("CANCELLED_BY_CALLER", "cancelled")
+
+
+def test_detached_generations_are_watched_to_their_end(live: LiveServer) -> None:
+    """A generation that was left on purpose goes on, and comes whole to whoever watches it next."""
+    with Client(live.address) as client:
+        with client.generate("a cat", **SMALL) as generation:
+            next(generation)
+            generation.detach()
+        assert generation.name is not None
+        with client.watch(generation.name) as watched:
+            video = watched.result()
+        assert client.download_video(generation.name).data == video.data
+
+
+def test_the_same_request_id_attaches(live: LiveServer) -> None:
+    """Sending a request again costs nothing; another body under the same id is refused."""
+    with Client(live.address) as client:
+        with client.generate("a cat", **SMALL) as first:
+            video = first.result()
+        with client.generate("a cat", **SMALL, request_id=first.request_id) as second:
+            assert second.result() == video
+        with (
+            client.generate("a dog", **SMALL, request_id=first.request_id) as third,
+            pytest.raises(RefusedError) as caught,
+        ):
+            third.result()
+    assert caught.value.reason == "REQUEST_ID_REUSED"
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_the_printed_programs_run(live: LiveServer, tmp_path: Path, snippet: str) -> None:
+    """What clients/README.md shows works as it stands, here at another address and a size that is quickly made."""
+    small = "width=64, height=48, num_frames=5, num_inference_steps=4, output="
+    program = snippet.replace("127.0.0.1:3000", live.address).replace("output=", small)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].startswith("panda.mp4 ")
+    assert [path.name for path in tmp_path.iterdir()] == ["panda.mp4"]
+
+
+def test_the_example_is_the_printed_one() -> None:
+    """examples/generate.py and the first program of clients/README.md are the same."""
+    example = (ROOT / "examples" / "generate.py").read_text(encoding="utf-8")
+    assert example.endswith(f"\n\n{SNIPPETS[0]}")
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_a_video_and_says_what_it_is(live: LiveServer, tmp_path: Path) -> None:
+    """Size, frames, seed and checksum on stdout are those of the file; progress goes to stderr, as plain lines."""
+    path = tmp_path / "cat.mp4"
+    done = run(live, "generate", "--prompt", "a cat", *SMALL_FLAGS, "--fps=8", "--output", str(path))
+    data = path.read_bytes()
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"{path}: 64x48, 5 frames at 8 fps, {len(data)} bytes, seed 7\nsha256 {hashlib.sha256(data).hexdigest()}\n",
+    )
+    assert [line.split()[0] for line in done.stderr.splitlines() if "denoise" in line][:1] == ["denoise"]
+
+
+def test_the_small_commands(live: LiveServer, tmp_path: Path) -> None:
+    """A generation is listed, looked at, downloaded, deleted, and then gone."""
+    stream = live.make(pb.GenerationSpec(prompt="a cat", **SMALL))
+    name, path = stream.events[0].generation, tmp_path / "cat.mp4"
+    assert name in run(live, "list", "--state", "succeeded").stdout
+    assert run(live, "get", name).stdout.splitlines()[0] == f"{name} succeeded"
+    assert run(live, "download", name, "--output", str(path)).returncode == 0
+    assert path.read_bytes() == stream.video
+    assert run(live, "delete", name).stdout == f"{name} is removed\n"
+    gone = run(live, "get", name)
+    assert (gone.returncode, gone.stdout) == (1, "")
+    assert gone.stderr.startswith("wan-grpc-client get: no generation is named")
+
+
+def test_models_says_that_the_server_is_ready(live: LiveServer) -> None:
+    """The facts of the running server are printed."""
+    done = run(live, "models")
+    assert (done.returncode, "server: wan-grpc 0.1.0, ready\n" in done.stdout) == (0, True)
+
+
+def test_wrong_values_are_all_told(live: LiveServer, tmp_path: Path) -> None:
+    """Each violation is a line with its flag and bound; nothing is written."""
+    arguments = ("--prompt", "a cat", "--width=65", "--num-frames=6", "--output", str(tmp_path / "x.mp4"))
+    done = run(live, "generate", *arguments)
+    assert (done.returncode, done.stderr.splitlines()[1:]) == (
+        2,
+        [
+            "wan-grpc-client generate: the request was refused (INVALID_REQUEST)",
+            "  --width: 65 is not a positive multiple of 16",
+            "  --num-frames: 6 is not 1 more than a multiple of 4",
+        ],
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupting_cancels_the_generation(live: LiveServer, tmp_path: Path, number: int, code: int) -> None:
+    """Ctrl-C, or SIGTERM, in the middle of denoising: the server is free at once and no file is left."""
+    with denoising(live, tmp_path / "cat.mp4") as process:
+        process.send_signal(number)
+        assert process.wait(20) == code
+    generation = newest(live)
+    assert (generation.state, generation.error.reason) == (pb.GENERATION_STATE_CANCELLED, "CANCELLED_BY_CALLER")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_client_is_only_noticed(live: LiveServer, tmp_path: Path) -> None:
+    """A client that dies says nothing, so its generation goes on for its grace, here none, and is then abandoned."""
+    arguments = command(live, "generate", "--prompt", "a cat", *LONG_FLAGS, "--detach-grace-s=0", "--output=-")
+    with subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("denoise") for line in process.stderr)
+        process.kill()
+    name = live.names()[0]
+    ended = eventually(lambda: live.get(name) if live.get(name).HasField("end_time") else None)
+    assert (ended.state, ended.error.reason) == (pb.GENERATION_STATE_CANCELLED, "ABANDONED")
