@@ -17,6 +17,7 @@ from wan_grpc.telemetry import logs
 def _restored_logging() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    structlog.contextvars.clear_contextvars()
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -106,6 +107,15 @@ def test_context_reaches_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_the_request_id_of_the_caller_wins(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line bears the id that the request names, and that of the call where it names none."""
+    logs.configure(level="info", log_format="json")
+    with structlog.contextvars.bound_contextvars(request_id="call"):
+        logs.observe(Admitted(name="g", request_id=None))
+        logs.observe(Admitted(name="g", request_id="caller"))
+    assert [line["request_id"] for line in lines(capsys)] == ["call", "caller"]
+
+
 def test_level_holds_for_all(capsys: pytest.CaptureFixture[str]) -> None:
     """Lines below the level are dropped, ours and others'."""
     logs.configure(level="warning", log_format="json")
@@ -135,7 +145,7 @@ def test_console_lines(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(level="info", log_format="console")
     logs.observe(Admitted(name="generations/1", request_id=None))
     _time, _, rest = capsys.readouterr().err.partition(" ")
-    assert rest == "[info     ] generation admitted [wan_grpc] generation=generations/1 request_id=None\n"
+    assert rest == "[info     ] generation admitted [wan_grpc] generation=generations/1\n"
 
 
 class Terminal(io.StringIO):
