@@ -4,6 +4,9 @@ import pytest
 
 from wan_grpc.config import ENV_PREFIX
 
+# As the ranks have it: threads that spin while they wait take many times as long on machines with few or shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_settings_from_outside() -> None:

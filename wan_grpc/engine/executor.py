@@ -172,9 +172,10 @@ class Executor:
             loop.call_soon_threadsafe(take, event)
 
         def take(event: GroupEvent) -> None:
-            events.put_nowait(event)
-            if isinstance(event, RanksDied) and not died.done():
+            if isinstance(event, RanksDied):
+                self._set_ready(())  # before anybody hears of it and asks for the next run
                 died.set_result(event)
+            events.put_nowait(event)
 
         began = time.monotonic()
         self._events = events

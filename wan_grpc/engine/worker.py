@@ -35,7 +35,7 @@ from wan_grpc.engine.messages import (
 )
 from wan_grpc.engine.shared import FrameRing
 from wan_grpc.optimize.attention import choose
-from wan_grpc.parallel.mesh import Mesh, join
+from wan_grpc.parallel.mesh import Mesh, PeersLostError, join
 from wan_grpc.pipeline import device as devices
 from wan_grpc.pipeline.load import DTYPES, load
 from wan_grpc.pipeline.video import VideoPipeline
@@ -77,7 +77,11 @@ def main(config_bytes: bytes, pipe: Connection, lifeline: Connection, ring_fd: A
         pipe.send_bytes(messages.encode(LoadFailed(rank=config.rank, message=str(error))))
         raise SystemExit(1) from error
     pipe.send_bytes(messages.encode(_ready(config.rank, pipeline)))
-    _serve(mesh, pipeline, Outlet(pipe, ring))
+    try:
+        _serve(mesh, pipeline, Outlet(pipe, ring))
+    except PeersLostError as error:
+        structlog.get_logger().warning("another rank is gone, so this one ends, too", detail=str(error))
+        raise SystemExit(1) from error
     mesh.leave()
 
 
@@ -225,6 +229,8 @@ class RankRun:
             self._compute()
         except LeaveRun as left:
             return left.word
+        except PeersLostError:
+            raise
         except Exception as error:  # noqa: BLE001  the rank loop is one of the two places that must outlive any error
             structlog.get_logger().exception("generation failed on this rank")
             return self._mesh.agree(OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError | MemoryError) else FAIL)
