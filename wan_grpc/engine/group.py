@@ -66,7 +66,7 @@ def prepare_forkserver() -> None:
     # Some library asks torch at import whether there is a GPU. Answered by the CUDA runtime, that would bar every fork
     # from CUDA for good; answered by NVML it touches nothing.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    # CPU threads that wait for each other shall sleep: where cores are shared, spinning was seen to take ten times as long.
+    # CPU threads that wait for each other shall sleep: on shared cores, spinning was seen to take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Whoever ends a service may send SIGTERM to each of its processes. This one is born deaf to it, for the ranks die
     # with it, and they are to finish what the server still drains.
