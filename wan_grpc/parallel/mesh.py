@@ -5,6 +5,8 @@ Knows torch.distributed. Does not know what the ranks compute or who gives them 
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -17,8 +19,16 @@ from wan_grpc.domain.topology import Topology
 _IDLE_TIMEOUT = timedelta(days=365)
 
 
+class PeersLostError(Exception):
+    """A peer ended in the middle of a collective: the group can do nothing more together."""
+
+
 class Mesh:
-    """The group as one rank sees it. Every method is collective: all ranks call it, in the same order."""
+    """The group as one rank sees it. Every method is collective: all ranks call it, in the same order.
+
+    Raises:
+        PeersLostError: from any of them.
+    """
 
     def __init__(self, topology: Topology, rank: int) -> None:
         self.topology = topology
@@ -31,26 +41,39 @@ class Mesh:
     def agree(self, word: int) -> int:
         """The largest word that any rank said."""
         flag = torch.tensor([word], dtype=torch.int64)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        with _peers():
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)
 
     def share(self, payload: bytes | None) -> bytes:
         """The payload of rank 0, on every rank. The others pass None."""
         size = torch.tensor([len(payload or b"")], dtype=torch.int64)
-        dist.broadcast(size, src=0)
+        with _peers():
+            dist.broadcast(size, src=0)
         body = torch.frombuffer(bytearray(payload or bytes(int(size))), dtype=torch.uint8)
-        dist.broadcast(body, src=0)
+        with _peers():
+            dist.broadcast(body, src=0)
         return body.numpy().tobytes()
 
     def gather(self, value: int) -> tuple[int, ...]:
         """The value of each rank, by rank, on every rank."""
         mine = torch.tensor([value], dtype=torch.int64)
         values = [torch.empty_like(mine) for _ in range(self.topology.world_size)]
-        dist.all_gather(values, mine)
+        with _peers():
+            dist.all_gather(values, mine)
         return tuple(int(v) for v in values)
 
     def leave(self) -> None:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Gloo's word for a connection that a peer has left is a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeersLostError(str(error)) from error
 
 
 def join(topology: Topology, rank: int, *, store_path: str) -> Mesh:
