@@ -174,7 +174,8 @@ class Executor:
         def take(event: GroupEvent) -> None:
             if isinstance(event, RanksDied):
                 self._set_ready(())  # before anybody hears of it and asks for the next run
-                died.set_result(event)
+                if not died.done():
+                    died.set_result(event)
             events.put_nowait(event)
 
         began = time.monotonic()
