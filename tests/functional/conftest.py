@@ -7,6 +7,15 @@ from tests import tiny
 from tests.functional import checkpoint
 from tests.functional.live import LiveServer, running_server
 
+TIMEOUT_S = 120
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of this folder that lasts too long fails as others do, and so its servers are ended."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S, method="signal"))
+
 
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,0 +1,149 @@
+"""Processes that are killed and checkpoints that break: what callers hear, what comes back, and what ends."""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2
+
+from tests.functional.live import (
+    OK,
+    LiveServer,
+    eventually,
+    long_spec,
+    running_server,
+    shared_memory,
+    spec,
+    stage,
+    start_server,
+)
+from wan_grpc.v1 import generation_pb2 as pb
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+HEARD_S = 5.0
+"""How long a caller may wait to hear that a rank has died."""
+RIGHT = spec()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the servers of this file keep their spool, one after the other."""
+    return tmp_path_factory.mktemp("deaths")
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint_dir: Path, root: Path) -> Iterator[LiveServer]:
+    """A server of two ranks."""
+    flags = ("--model-path", str(checkpoint_dir), "--num-gpus", "2", "--drain-window-s", "0")
+    with running_server(root, *flags) as server:
+        yield server
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_killed_while_denoising(live: LiveServer, pair: LiveServer, rank: int) -> None:
+    """A rank that is killed ends its generation, not those that wait; the ranks come back and compute what is right."""
+    expected = live.make(RIGHT).video
+    before = pair.scrape()
+    changes = pair.watch_health()
+    assert next(changes) == SERVING
+    running, waiting = pair.generate(long_spec()), pair.generate(RIGHT)
+    running.until(stage(pb.STAGE_DENOISE, step=2))
+    pids = pair.rank_pids()
+    began = time.monotonic()
+    psutil.Process(pids[rank]).kill()
+    left = running.finish()
+    assert time.monotonic() - began < HEARD_S
+    assert (left.code, left.reason) == (grpc.StatusCode.UNAVAILABLE, "RANK_DIED")
+    assert left.retry_after_s is not None and left.metadata["generation_state"] == "FAILED"
+    assert f"rank {rank} was killed by SIGKILL" in left.message
+    assert pair.get(running.name).state == pb.GENERATION_STATE_FAILED
+    assert (next(changes), pair.health("")) == (NOT_SERVING, SERVING)
+    assert next(changes) == SERVING
+    assert (waiting.finish(), waiting.video) == (OK, expected)
+    assert not set(pids) & set(pair.rank_pids())
+    after = pair.scrape()
+    restarts = [scrape.value("wan_rank_restarts_total", cause="rank_died") for scrape in (before, after)]
+    assert (restarts[1] - restarts[0], after.value("wan_rank_up")) == (1, 2)
+    assert [line for line in pair.log().splitlines() if not line.startswith("{")] == []
+
+
+def test_idle_rank_killed(live: LiveServer, pair: LiveServer) -> None:
+    """A rank that is killed while nothing runs is replaced, and nobody but a watcher of health notices."""
+    changes = pair.watch_health()
+    assert next(changes) == SERVING
+    psutil.Process(pair.rank_pids()[1]).kill()
+    assert (next(changes), next(changes)) == (NOT_SERVING, SERVING)
+    assert pair.make(RIGHT).video == live.make(RIGHT).video
+
+
+def test_server_killed(live: LiveServer, pair: LiveServer, checkpoint_dir: Path, root: Path) -> None:
+    """A server that is killed while two ranks compute takes every process with it; the next one removes its files."""
+    known = shared_memory()
+    stream = pair.generate(long_spec(num_inference_steps=200))
+    stream.until(stage(pb.STAGE_DENOISE, step=2))
+    assert len(pair.family()) >= 4  # itself, the forkserver, two ranks
+    pair.kill()
+    pair.assert_family_gone()
+    assert stream.finish().code == grpc.StatusCode.UNAVAILABLE
+    eventually(lambda: shared_memory() <= known)
+    (left,) = pair.spool_dir.iterdir()
+    flags = ("--model-path", str(checkpoint_dir), "--drain-window-s", "0", "--cpu-threads", "1")
+    with running_server(root, *flags, spool_dir=pair.spool_dir) as following:
+        assert not left.exists()
+        assert following.make(RIGHT).video == live.make(RIGHT).video
+
+
+# ---- ranks that cannot start ----------------------------------------------------------------------------------------
+
+
+def last_words(server: LiveServer) -> str:
+    """Why the server gave up, as it tells the operator."""
+    (line,) = (line for line in server.log_lines() if line["level"] == "critical")
+    return str(line["detail"])
+
+
+def test_ranks_that_die_at_every_start(checkpoint_dir: Path, tmp_path: Path) -> None:
+    """When three groups in a row die before they are ready, the process ends with 1, a sentence and nothing left."""
+    flags = ("--model-path", str(checkpoint_dir), "--num-gpus", "2", "--drain-window-s", "0")
+    server = start_server(tmp_path, *flags, spool_dir=tmp_path / "spool")
+    try:
+        waiting = server.generate(spec(detach_unlimited=True))
+        waiting.until(lambda event: event.HasField("queued"))
+        killed: set[int] = set()
+        while server.process.poll() is None:
+            for rank in server.ranks():
+                if rank.pid not in killed:
+                    rank.kill()
+                    killed.add(rank.pid)
+            time.sleep(0.01)
+        assert server.process.returncode == 1
+        assert re.fullmatch(
+            r"3 starts of the ranks failed within 600 s; the last: rank \d was killed by SIGKILL.*", last_words(server)
+        )
+        assert waiting.finish().code == grpc.StatusCode.UNAVAILABLE
+        server.assert_family_gone()
+        assert list(server.spool_dir.iterdir()) == []
+    finally:
+        server.close()
+
+
+def test_checkpoint_damaged_while_serving(checkpoint_dir: Path, tmp_path: Path) -> None:
+    """When ranks that died cannot load the model again, the process ends with 1 and names the file."""
+    copy = shutil.copytree(checkpoint_dir, tmp_path / "model")
+    with running_server(tmp_path, "--model-path", str(copy), "--drain-window-s", "0") as server:
+        changes = server.watch_health()
+        assert next(changes) == SERVING
+        weights = copy / "transformer_2" / "diffusion_pytorch_model.safetensors"
+        weights.unlink()  # first, for the ranks that live may have it mapped
+        weights.write_bytes(b"\xff" * 100)
+        for rank in server.ranks():
+            rank.kill()
+        assert server.wait() == 1
+        assert "transformer_2/diffusion_pytorch_model.safetensors" in last_words(server)
+        assert list(server.spool_dir.iterdir()) == []
