@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -23,6 +24,7 @@ from wan_grpc_client import (
     GenerationCancelledError,
     Options,
     Progress,
+    Reattaching,
     RefusedError,
     VideoInfo,
     generate,
@@ -62,6 +64,45 @@ def denoising(live: LiveServer, output: Path) -> Iterator[subprocess.Popen[str]]
             process.kill()
 
 
+class Relay:
+    """Passes bytes between clients and a server, as a proxy does, until it is told to cut every connection."""
+
+    def __init__(self, address: str) -> None:
+        self._host, self._port = address.split(":")
+        self._transports: list[asyncio.WriteTransport] = []
+        self._ended: list[asyncio.Event] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        self.address = "{}:{}".format(*self._server.sockets[0].getsockname())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._server.close()
+        self.cut()
+        for ended in self._ended:
+            await ended.wait()
+
+    def cut(self) -> None:
+        for transport in self._transports:
+            transport.abort()
+        self._transports.clear()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._ended.append(ended := asyncio.Event())
+        server_reader, server_writer = await asyncio.open_connection(self._host, int(self._port))
+        self._transports += [writer.transport, server_writer.transport]
+        await asyncio.gather(self._pass_on(reader, server_writer), self._pass_on(server_reader, writer))
+        ended.set()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
 def newest(live: LiveServer) -> pb.Generation:
     return live.get(live.names()[0])
 
@@ -96,6 +137,29 @@ async def test_async_generations_side_by_side(live: LiveServer, tmp_path: Path) 
 
         first, second = await asyncio.gather(make("a.mp4"), make("b.mp4"))
     assert first == second == hashlib.sha256((tmp_path / "b.mp4").read_bytes()).hexdigest()
+
+
+async def test_a_cut_connection_costs_nothing(live: LiveServer) -> None:
+    """Cut during denoising and again among the bytes, a generation arrives as it does over a good connection."""
+    options = Options(width=192, height=192, num_frames=17, num_inference_steps=12, seed=7, output_format="raw_rgb24")
+    async with AsyncClient(live.address) as client, client.generate("a cat", **options) as generation:
+        expected = await generation.result()
+    cuts = {Progress, Chunk}
+    async with (
+        Relay(live.address) as relay,
+        AsyncClient(relay.address) as client,
+        client.generate("a cat", **options) as generation,
+    ):
+        events = []
+        async for event in generation:
+            events.append(event)
+            if type(event) in cuts:
+                cuts.remove(type(event))
+                relay.cut()
+        video = await generation.result()
+    assert {event.attempt for event in events if isinstance(event, Reattaching)} >= {1}
+    assert (video.sha256, video.data) == (expected.sha256, expected.data)
+    assert b"".join(event.data for event in events if isinstance(event, Chunk)) == expected.data
 
 
 async def test_a_cancelled_task_frees_the_server(live: LiveServer) -> None:

@@ -306,7 +306,8 @@ def test_a_stream_cut_before_its_first_event_is_taken_up_by_its_metadata(
 ) -> None:
     """The initial metadata names the generation as soon as it exists."""
     server.initial_metadata = (("wan-generation", NAME),)
-    server.streams.extend([[End(code=Code.UNAVAILABLE)], script.whole_video()])
+    nameless = pb.GenerationEvent(heartbeat=pb.Heartbeat())  # its arrival proves that of the metadata before it
+    server.streams.extend([[nameless, End(code=Code.UNAVAILABLE)], script.whole_video()])
     assert follow(server.address).video == video(data=DATA)
     assert server.calls[1:] == [service_pb.WatchGenerationRequest(name=NAME)]
 
