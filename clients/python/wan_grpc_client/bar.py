@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self, TextIO
 
-_TRACK_COLUMNS: Final = 24
+_TRACK_COLUMNS: Final = 16
 _LINE_EVERY_S: Final = 1.0
 _ERASE_LINE: Final = "\r\x1b[2K"
 

@@ -35,9 +35,9 @@ def test_a_terminal_has_one_line_rewritten() -> None:
         bar.show(stage="decode", step=21, total_steps=21, eta_s=0.2)
     assert stream.getvalue() == (
         f"{ERASE}queued, 2 before this one"
-        f"{ERASE}denoise   [........................]    0/40   0:50 left"
-        f"{ERASE}denoise   [############............]   20/40   high noise  1.23 s a step  0:30 left"
-        f"{ERASE}decode    [########################]   21/21   0:00 left"
+        f"{ERASE}denoise   [................]    0/40   0:50 left"
+        f"{ERASE}denoise   [########........]   20/40   high noise  1.23 s a step  0:30 left"
+        f"{ERASE}decode    [################]   21/21   0:00 left"
         f"{ERASE}"
     )
 
@@ -47,7 +47,16 @@ def test_a_narrow_terminal_is_not_wrapped() -> None:
     stream = io.StringIO()
     with Bar(stream, is_terminal=True, num_columns=24) as bar:
         step(bar, 20)
-    assert stream.getvalue() == f"{ERASE}denoise   [############{ERASE}"
+    assert stream.getvalue() == f"{ERASE}denoise   [########....{ERASE}"
+
+
+def test_a_usual_terminal_shows_it_all() -> None:
+    """80 columns hold every value of a long generation."""
+    stream = io.StringIO()
+    bar = Bar(stream, is_terminal=True, num_columns=80)
+    bar.show(stage="denoise", step=100, total_steps=200, expert="high_noise", step_time_s=12.34, eta_s=7325.0)
+    line = "denoise   [########........]  100/200  high noise  12.34 s a step  2:02:05 left"
+    assert stream.getvalue() == f"{ERASE}{line}"
 
 
 def test_a_line_that_stays_goes_above_the_bar() -> None:
