@@ -30,7 +30,8 @@ class ServerFailedError(Exception):
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     log = Path(tempfile.mkstemp(prefix="wan-grpc-demo-", suffix=".log")[1])
     try:
         began = time.monotonic()
@@ -115,7 +116,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
         raise
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
+def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 

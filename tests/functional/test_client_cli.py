@@ -297,9 +297,9 @@ def test_wrong_values_are_all_told(live: LiveServer, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupting_cancels_the_generation(live: LiveServer, tmp_path: Path, number: int, code: int) -> None:
-    """Ctrl-C, or SIGTERM, in the middle of denoising: the server is free at once and no file is left."""
+    """Ctrl-C, SIGTERM, a closed terminal: the server is free at once, and no file is left."""
     with denoising(live, tmp_path / "cat.mp4") as process:
         process.send_signal(number)
         assert process.wait(20) == code

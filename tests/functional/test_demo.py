@@ -89,13 +89,14 @@ def test_demo_makes_a_video_and_says_so(current: Path, scratch: Path) -> None:
     assert (names(current), names(scratch)) == (["demo.mp4"], [])
 
 
-def test_interrupted_demo_leaves_nothing(current: Path, scratch: Path) -> None:
-    """Ctrl-C while the video is made: no server, no rank, no file, no log stays."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["Ctrl-C", "closed terminal"])
+def test_interrupted_demo_leaves_nothing(current: Path, scratch: Path, number: int) -> None:
+    """Ended while the video is made: no server, no rank, no file, no log stays."""
     with demo(current, scratch) as process:
         assert process.stderr is not None
         assert any(line.startswith(("text", "denoise")) for line in process.stderr)
         started = descendants(process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(30) == 130
         assert (len(started) >= 2, still_alive(started)) == (True, [])
     assert (names(current), names(scratch)) == ([], [])

@@ -24,7 +24,7 @@ DONE: Final = 0
 FAILED: Final = 1
 WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130
-TERMINATED: Final = 143
+SIGNALLED: Final = 128
 _STDOUT: Final = "-"
 
 _OPTION_FLAGS: Final[tuple[tuple[str, Callable[[str], object], str, str], ...]] = (
@@ -49,7 +49,8 @@ _OPTION_FLAGS: Final[tuple[tuple[str, Callable[[str], object], str, str], ...]] 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `wan-grpc-client`; the exit code."""
     asked = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
     try:
         with Client(asked.address, credentials=_credentials(asked)) as client:
             asked.run(client, asked)
@@ -179,7 +180,7 @@ def _complain(asked: argparse.Namespace, lines: Iterable[str]) -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    raise SystemExit(TERMINATED)
+    raise SystemExit(SIGNALLED + number)
 
 
 if __name__ == "__main__":

@@ -153,8 +153,9 @@ class Following:
         )
 
     def after_end(self, error: WanGrpcError | None, name: str | None) -> Reattaching | None:
-        """What to do when a call has ended, in `error` or well: attach again, or, None, nothing. `name` is what its
-        initial metadata says.
+        """What to do when a call has ended, in `error` or well: attach again, or nothing.
+
+        `name` is the generation's as the initial metadata of the call tells it.
 
         Raises:
             WanGrpcError: the generation, or the patience with its connection, has come to an end.
