@@ -38,7 +38,9 @@ T = TypeVar("T")
 
 def environment() -> dict[str, str]:
     """Where the project is, for processes that are started from it."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "clients" / "python")))}
+    found = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [str(ROOT), str(ROOT / "clients" / "python"), *filter(None, found)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def command(*arguments: str) -> list[str]:
