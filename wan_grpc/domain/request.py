@@ -115,6 +115,8 @@ def _text_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation
     if not video.prompt.strip():
         yield Violation(field="spec.prompt", description="must not be empty", reason="REQUIRED")
     for field, text in (("spec.prompt", video.prompt), ("spec.negative_prompt", video.negative_prompt)):
+        if not _is_unicode(text):
+            yield Violation(field=field, description="holds half of a surrogate pair", reason="NOT_UNICODE")
         size = len(text.encode("utf-8", "surrogatepass"))
         if size > card.limits.max_prompt_bytes:
             sentence = f"{size} bytes of UTF-8; at most {card.limits.max_prompt_bytes}"
@@ -177,6 +179,10 @@ def _outside(field: str, value: float, low: float, high: float) -> Iterator[Viol
     if not low <= value <= high:  # NaN compares false with everything, so it lands here too
         sentence = f"{value} is not between {low} and {high}"
         yield Violation(field=field, description=sentence, reason="OUT_OF_RANGE")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_uuid4(text: str) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from tests.bench import Bench
 from tests.fake_ranks import CARD, ask, raw_video
 from wan_grpc.domain.errors import Failure, InvalidRequestError, Reason, ServiceError
-from wan_grpc.domain.events import Accepted, Completed, Generation, Queued, Record, Stage, State
+from wan_grpc.domain.events import Accepted, Generation, Queued, Record, Stage, State
 from wan_grpc.domain.observations import Admitted, Ended, LoadChanged, Refused
 from wan_grpc.domain.request import UNLIMITED_S, resolve
 
@@ -80,7 +80,7 @@ async def test_the_grace_that_holds_is_told(bench: Bench, watched: bool, asked_s
 
 
 async def test_two_hundred_at_once_on_a_line_of_sixteen(another: OpenAnother) -> None:
-    """One runs and 16 wait; the other 183 are refused at once with a time; each accepted one ends well, exactly once."""
+    """One runs, 16 wait, 183 are refused at once with a time; each accepted one ends well, exactly once."""
     bench = await another(max_queue=16)
     first = await bench.submit(watched=False, prompt="0")
     await bench.executor.run_number(1)

@@ -188,7 +188,7 @@ async def test_the_grace_runs_when_the_last_of_two_leaves(bench: Bench) -> None:
 
 
 async def test_a_generation_that_nobody_meant_to_watch_goes_on(bench: Bench) -> None:
-    """Created without a watcher and without a grace of its own, it goes on for ever, also after a watcher came and went."""
+    """Created unwatched and without a grace of its own, it goes on for ever, also when a watcher came and went."""
     generation = await started(bench, watched=False)
     watcher = bench.watch(generation.name)
     await eventually(lambda: len(watcher.records) > 0)

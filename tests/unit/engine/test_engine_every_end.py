@@ -25,7 +25,7 @@ PLACES = {State.QUEUED: 0, State.RUNNING: 1}
 
 
 class Schedule:
-    """One run of random actions on one engine. The loop stands still between them, so that each meets a settled state."""
+    """One run of random actions on one engine, which is left to settle after each."""
 
     def __init__(self, bench: Bench, gate: threading.Event, seed: int) -> None:
         self.bench = bench

@@ -279,7 +279,7 @@ async def test_drain_lets_accepted_work_end_and_be_read(bench: Bench) -> None:
 
 
 async def test_drain_cancels_what_is_not_done_in_time(another: OpenAnother) -> None:
-    """After its time what waits ends at once and what runs at its next step, both as CANCELLED with a time to try again."""
+    """After its time what waits ends at once and what runs at its next step: CANCELLED, with a time to try again."""
     bench = await another(leaves_at_once=False)
     running, waiting = await bench.submit(watched=False), await bench.submit(watched=False)
     run = await bench.executor.run_number(1)
@@ -320,7 +320,7 @@ async def test_drain_gives_up_on_ranks_that_never_leave(another: OpenAnother) ->
 
 
 async def test_stop_ends_what_is_unfinished(bench: Bench, gate: threading.Event) -> None:
-    """In the encoder, on the ranks or in line: each ends CANCELLED, its watcher hears it, nothing stays on disk or running."""
+    """In the encoder, on the ranks or in line: each ends CANCELLED, its watcher hears it, nothing stays behind."""
     tasks_before = asyncio.all_tasks()
     generations = [await bench.submit() for _ in range(4)]
     watchers = [bench.watch(generation.name) for generation in generations]

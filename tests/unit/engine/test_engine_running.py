@@ -12,13 +12,10 @@ from tests.fake_ranks import raw_video, steps_of
 from wan_grpc.domain.errors import Failure, Reason, ServiceError
 from wan_grpc.domain.events import (
     Accepted,
-    Chunk,
     Completed,
-    Failed,
     Progress,
     Queued,
     RankMemory,
-    Record,
     Stage,
     State,
     VideoInfo,
@@ -132,7 +129,7 @@ async def test_the_remaining_time_is_measured(bench: Bench) -> None:
 
 
 async def test_mp4_bytes_leave_while_frames_are_still_to_come(bench: Bench) -> None:
-    """With half of the frames decoded a watcher already holds playable bytes; the rest comes after, whole and hashed."""
+    """With half of the frames decoded a watcher holds playable bytes; the rest comes after, whole and hashed."""
     generation = await bench.submit(num_frames=33, output_format=OutputFormat.MP4_H264)
     watcher = bench.watch(generation.name)
     run = await bench.executor.run_number(1)

@@ -64,7 +64,7 @@ async def test_watch_from_any_number_on_an_ended_generation(bench: Bench) -> Non
 
 @pytest.mark.parametrize("beyond", [0, 1, 1000])
 async def test_whoever_has_seen_all_is_told_the_end_again(bench: Bench, beyond: int) -> None:
-    """A watcher that comes back after the last number, or with a number from nowhere, hears the end and nothing else."""
+    """A watcher that comes back after the last number, or one from nowhere, hears the end and nothing else."""
     name, log = await finished(bench)
     size = len(raw_video(bench.engine.get(name).video))
     watcher = await bench.watch(name, after=len(log) + beyond, from_offset=size).to_end()
@@ -87,7 +87,7 @@ async def test_a_number_from_the_future_is_no_reason_to_miss_the_end(bench: Benc
 
 
 async def test_watch_from_any_offset(bench: Bench) -> None:
-    """Chunks begin at the byte asked for, whether the video is there already or still growing; at the end there are none."""
+    """Chunks begin at the byte asked for, whether the video is there or still growing; at the end there are none."""
     name, log = await finished(bench)
     video = raw_video(bench.engine.get(name).video)
     growing = await bench.submit(watched=False)
@@ -175,7 +175,7 @@ async def test_heartbeats_come_in_the_line_and_while_ranks_start(another: OpenAn
 
 
 async def test_a_slow_reader_skips_what_is_old_and_nothing_else(bench: Bench) -> None:
-    """Of a stage that has passed only its last step is told; what the video is comes before its bytes, and all of them."""
+    """Of a stage that has passed only its last step is told; all bytes come, after what they are."""
     await bench.submit(watched=False)
     generation = await bench.submit(num_inference_steps=200, num_frames=33)
     watcher = bench.watch(generation.name)
@@ -215,7 +215,7 @@ async def test_no_byte_comes_before_what_it_is(bench: Bench) -> None:
 
 
 async def test_every_way_of_being_slow(bench: Bench) -> None:
-    """Whatever the step at which a reader falls asleep and wakes up, it gets all states and bytes, in one true order."""
+    """At whatever steps a reader falls asleep and wakes up, it gets all states and bytes, in one true order."""
     total = len(list(steps_of(resolve(ask(), bench.engine.card, fallback_seed=0))))
     for sleep, wake in itertools.combinations(range(0, total + 1, 2), 2):
         generation = await bench.submit(prompt=f"{sleep} to {wake}")

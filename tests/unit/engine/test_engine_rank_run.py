@@ -1,0 +1,421 @@
+"""The rank loop with ranks that are threads, a pipeline that does what a test says, and the test as the server."""
+
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import structlog
+import torch
+
+from tests.fake_ranks import CARD, ask, frame, steps_of
+from wan_grpc.domain.errors import Failure, Reason
+from wan_grpc.domain.events import Progress, Stage
+from wan_grpc.domain.request import VideoRequest, resolve
+from wan_grpc.engine import messages, worker
+from wan_grpc.engine.messages import (
+    Cancel,
+    FrameReady,
+    FromRank,
+    MemoryUse,
+    Run,
+    RunEnded,
+    SlotFreed,
+    StepDone,
+    Stop,
+    ToRank,
+)
+from wan_grpc.engine.shared import FrameRing, anonymous_file
+from wan_grpc.engine.worker import Outlet, RankRun
+from wan_grpc.parallel.mesh import PeersLostError
+
+VIDEO = resolve(ask(), CARD, fallback_seed=0)
+STEPS = list(steps_of(VIDEO))
+ORDER = Run(generation="generations/1", video=VIDEO)
+INTERNAL = Failure(reason=Reason.INTERNAL, message="an internal error ended the generation; the server's log has it")
+OUT_OF_MEMORY = Failure(
+    reason=Reason.OUT_OF_MEMORY,
+    message="the device ran out of memory for this video; ask for fewer frames or a smaller size",
+)
+
+
+class Table:
+    """Where the seats of a mesh of threads meet."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._barrier = threading.Barrier(num_ranks, timeout=10.0)
+        self._said: list[object] = [None] * num_ranks
+
+    def exchange(self, rank: int, value: object) -> list[object]:
+        self._said[rank] = value
+        self._barrier.wait()
+        everything = list(self._said)
+        self._barrier.wait()
+        return everything
+
+
+class Seat:
+    """A mesh among threads, which counts how often it agreed."""
+
+    def __init__(self, table: Table, rank: int, lost_at: int | None = None) -> None:
+        self._table = table
+        self._lost_at = lost_at
+        self.rank = rank
+        self.words: list[int] = []
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, word: int) -> int:
+        if self._lost_at == len(self.words):
+            raise PeersLostError("connection closed by peer")
+        self.words.append(word)
+        return max(self._table.exchange(self.rank, word))  # type: ignore[type-var, return-value]
+
+    def share(self, payload: bytes | None) -> bytes:
+        return self._table.exchange(self.rank, payload)[0]  # type: ignore[return-value]
+
+    def gather(self, value: int) -> tuple[int, ...]:
+        return tuple(self._table.exchange(self.rank, value))  # type: ignore[arg-type]
+
+
+class ScriptedPipeline:
+    """Says every step of a video and yields its frames; raises `error` in place of step `error_at`."""
+
+    def __init__(self, error: BaseException | None = None, error_at: int = 0) -> None:
+        self.device = torch.device("cpu")
+        self.num_freed = 0
+        self.is_closed = False
+        self._error = error
+        self._error_at = error_at
+
+    def generate(self, video: VideoRequest, *, on_step: Callable[[Progress], None]) -> Iterator[torch.Tensor]:
+        num_frames = 0
+        try:
+            for index, progress in enumerate(steps_of(video)):
+                self._maybe_raise(index)
+                on_step(progress)
+                if progress.stage is Stage.DECODE and progress.step:
+                    count = 1 if progress.step == 1 else 4
+                    yield torch.stack([picture(video, num_frames + k) for k in range(count)])
+                    num_frames += count
+            self._maybe_raise(len(list(steps_of(video))))
+        finally:
+            self.is_closed = True
+
+    def free_memory(self) -> None:
+        self.num_freed += 1
+
+    def _maybe_raise(self, index: int) -> None:
+        if self._error is not None and index == self._error_at:
+            raise self._error
+
+
+def picture(video: VideoRequest, index: int) -> torch.Tensor:
+    pixels = torch.frombuffer(bytearray(frame(video, index)), dtype=torch.uint8)
+    return pixels.reshape(video.height, video.width, 3)
+
+
+class BytesOnly:
+    """A connection without the two methods that pickle."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.send_bytes = connection.send_bytes
+        self.recv_bytes = connection.recv_bytes
+        self.poll = connection.poll
+
+
+class Server:
+    """The other end of rank 0's pipe and ring."""
+
+    def __init__(self, num_slots: int = 8, slot_bytes: int = VIDEO.frame_bytes) -> None:
+        self.pipe, theirs = Pipe()
+        fd = anonymous_file(FrameRing.size_bytes(slot_bytes=slot_bytes, num_slots=num_slots))
+        self.ring = FrameRing(fd, slot_bytes=slot_bytes, num_slots=num_slots)
+        self.outlet = Outlet(BytesOnly(theirs), self.ring)  # type: ignore[arg-type]
+        self._theirs = theirs
+
+    def send(self, message: ToRank) -> None:
+        self.pipe.send_bytes(messages.encode(message))
+
+    def next(self) -> FromRank:
+        assert self.pipe.poll(10.0), "rank 0 says nothing"
+        return messages.decode_from_rank(self.pipe.recv_bytes())
+
+    def rest(self) -> list[FromRank]:
+        """All that rank 0 has said and nobody has read."""
+        said = []
+        while self.pipe.poll():
+            said.append(self.next())
+        return said
+
+    def picture(self, slot: int) -> bytes:
+        with self.ring.slot(slot, VIDEO.frame_bytes) as view:
+            return bytes(view)
+
+    def close(self) -> None:
+        self.pipe.close()
+        self._theirs.close()
+        self.ring.close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[list[MutableMapping[str, Any]]]:
+    """What the ranks log, which is not printed."""
+    with structlog.testing.capture_logs() as logs:
+        yield logs
+
+
+@contextmanager
+def running(
+    server: Server, *pipelines: ScriptedPipeline, order: Run = ORDER, lost_at: int | None = None
+) -> Iterator[tuple[list[Future[RunEnded]], list[Seat]]]:
+    """One rank a pipeline, each on a thread; rank 0 speaks to `server`, the others have nobody to speak to."""
+    table = Table(len(pipelines))
+    seats = [Seat(table, rank, lost_at) for rank in range(len(pipelines))]
+    outlets = [server.outlet, *(None for _ in pipelines[1:])]
+    with ThreadPoolExecutor(len(pipelines)) as threads:
+        runs = [
+            RankRun(seat, pipeline, outlet, order)  # type: ignore[arg-type]
+            for seat, pipeline, outlet in zip(seats, pipelines, outlets, strict=True)
+        ]
+        yield [threads.submit(run.to_end) for run in runs], seats
+
+
+def ends(futures: list[Future[RunEnded]]) -> list[RunEnded]:
+    return [future.result(10.0) for future in futures]
+
+
+def test_ranks_run_a_video_in_step(server: Server) -> None:
+    """Rank 0 alone speaks: each step, then its frames; all ranks say GO once a step and once at the end."""
+    pipelines = ScriptedPipeline(), ScriptedPipeline()
+    with running(server, *pipelines) as (futures, seats):
+        first, second = ends(futures)
+    said = server.rest()
+    slots = [message.slot for message in said if isinstance(message, FrameReady)]
+    assert first == second
+    assert (first.generation, first.cancelled, first.failure, len(first.memory)) == ("generations/1", False, None, 2)
+    assert all(isinstance(use, MemoryUse) and use.peak_bytes >= use.used_bytes > 0 for use in first.memory)
+    assert [message.progress for message in said if isinstance(message, StepDone)] == STEPS
+    assert [type(message) for message in said[-7:]] == [StepDone, FrameReady, StepDone, *[FrameReady] * 4]
+    assert [server.picture(slot) for slot in slots] == [frame(VIDEO, index) for index in range(5)]
+    assert [seat.words for seat in seats] == [[worker.GO] * (len(STEPS) + 1)] * 2
+    assert [(pipeline.is_closed, pipeline.num_freed) for pipeline in pipelines] == [(True, 1)] * 2
+
+
+@pytest.mark.parametrize("error_at", range(len(STEPS) + 1))
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_error_on_one_rank_ends_the_run_on_both(
+    server: Server, logs: list[MutableMapping[str, Any]], broken: int, error_at: int
+) -> None:
+    """Wherever one rank fails, both leave there with one agreed failure, and none says a word more than the other."""
+    pipelines = [ScriptedPipeline(), ScriptedPipeline()]
+    pipelines[broken] = ScriptedPipeline(RuntimeError("secret /path"), error_at)
+    with running(server, *pipelines) as (futures, seats):
+        first, second = ends(futures)
+    assert first == second
+    assert (first.failure, first.cancelled) == (INTERNAL, False)
+    said = [message.progress for message in server.rest() if isinstance(message, StepDone)]
+    assert said in (STEPS[:error_at], STEPS[: error_at + 1])
+    assert [len(seat.words) for seat in seats] == [error_at + 1] * 2
+    assert all(pipeline.is_closed and pipeline.num_freed == 1 for pipeline in pipelines)
+    assert logs == [{"event": "generation failed on this rank", "exc_info": True, "log_level": "error"}]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "failure"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), None, OUT_OF_MEMORY),
+        (None, torch.OutOfMemoryError("CUDA out of memory"), OUT_OF_MEMORY),
+        (MemoryError(), None, OUT_OF_MEMORY),
+        (RuntimeError("bug"), torch.OutOfMemoryError("CUDA out of memory"), OUT_OF_MEMORY),
+        (RuntimeError("bug"), ValueError("bug"), INTERNAL),
+    ],
+)
+def test_what_ran_out_of_memory_is_told_apart(
+    server: Server, first: BaseException | None, second: BaseException | None, failure: Failure
+) -> None:
+    """Too little memory on any rank is the caller's to mend, and outranks a bug on another."""
+    with running(server, ScriptedPipeline(first, 4), ScriptedPipeline(second, 4)) as (futures, _):
+        assert [ended.failure for ended in ends(futures)] == [failure] * 2
+
+
+@pytest.mark.parametrize("step", range(len(STEPS)))
+def test_a_cancel_is_seen_at_the_next_step(server: Server, step: int) -> None:
+    """A cancel that came while a step was computed ends the run on all ranks when that step is done, not one later."""
+
+    class Cancelling(ScriptedPipeline):
+        def _maybe_raise(self, index: int) -> None:
+            if index == step:
+                server.send(Cancel(generation="generations/1"))
+
+    with running(server, Cancelling(), ScriptedPipeline()) as (futures, seats):
+        first, second = ends(futures)
+    assert first == second
+    assert (first.cancelled, first.failure) == (True, None)
+    assert [message.progress for message in server.rest() if isinstance(message, StepDone)] == STEPS[: step + 1]
+    assert [seat.words for seat in seats] == [[0] * step + [worker.CANCEL], [0] * (step + 1)]
+
+
+def test_a_cancel_after_the_last_step_counts(server: Server) -> None:
+    """The last word of a run is said after its last frame, so that a cancel until then is a cancel."""
+
+    class Cancelling(ScriptedPipeline):
+        def _maybe_raise(self, index: int) -> None:
+            if index == len(STEPS):
+                server.send(Cancel(generation="generations/1"))
+
+    with running(server, Cancelling(), ScriptedPipeline()) as (futures, _):
+        assert [ended.cancelled for ended in ends(futures)] == [True, True]
+
+
+def test_a_cancel_of_another_generation_is_nothing(server: Server) -> None:
+    """One that came too late for the generation before does not touch this one."""
+    server.send(Cancel(generation="generations/0"))
+    with running(server, ScriptedPipeline()) as (futures, _):
+        server.send(Cancel(generation="generations/2"))
+        assert [ended.cancelled for ended in ends(futures)] == [False]
+
+
+def test_an_error_outranks_a_cancel(server: Server) -> None:
+    """When one rank fails in the step in which a cancel arrived, the run has failed."""
+    server.send(Cancel(generation="generations/1"))
+    with running(server, ScriptedPipeline(), ScriptedPipeline(RuntimeError("bug"), 0)) as (futures, _):
+        assert [(ended.failure, ended.cancelled) for ended in ends(futures)] == [(INTERNAL, False)] * 2
+
+
+@pytest.mark.parametrize("lost_at", [0, 3, len(STEPS)])
+def test_lost_peers_end_the_rank_and_not_the_run(server: Server, lost_at: int) -> None:
+    """A rank whose peers are gone does not try to agree on it: the error leaves the run as it is."""
+    pipeline = ScriptedPipeline()
+    with running(server, pipeline, lost_at=lost_at) as (futures, seats), pytest.raises(PeersLostError):
+        futures[0].result(10.0)
+    assert (len(seats[0].words), pipeline.is_closed) == (lost_at, True)
+
+
+# ---- the ring -------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_ring_makes_the_rank_wait() -> None:
+    """With 2 slots at most 2 frames are out; each slot that is freed lets one more frame out, whole and in order."""
+    server = Server(num_slots=2)
+    video = replace(VIDEO, num_frames=9)
+    with running(server, ScriptedPipeline(), order=Run(generation="generations/1", video=video)) as (futures, _):
+        taken: list[bytes] = []
+        out: list[int] = []
+        while not futures[0].done() or out or server.pipe.poll():
+            while len(out) < 2 and len(taken) + len(out) < 9:
+                if isinstance(message := server.next(), FrameReady):
+                    out.append(message.slot)
+            assert len(set(out)) == len(out) <= 2
+            assert len(taken) + len(out) == 9 or not futures[0].done()
+            slot = out.pop(0)
+            taken.append(server.picture(slot))
+            server.send(SlotFreed(slot=slot))
+            if len(taken) == 9:
+                break
+        assert ends(futures)[0].failure is None
+    assert taken == [frame(video, index) for index in range(9)]
+    server.close()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_cancel_reaches_a_rank_that_waits_for_a_slot(num_ranks: int) -> None:
+    """Nobody frees a slot any more: what is still decoded is dropped, and the run is left at the next step."""
+    server = Server(num_slots=2)
+    video = replace(VIDEO, num_frames=33)
+    order = Run(generation="generations/1", video=video)
+    with running(server, *(ScriptedPipeline() for _ in range(num_ranks)), order=order) as (futures, _):
+        slots = []
+        while len(slots) < 2:
+            if isinstance(message := server.next(), FrameReady):
+                slots.append(message.slot)
+        assert not futures[0].done()
+        server.send(Cancel(generation="generations/1"))
+        assert [ended.cancelled for ended in ends(futures)] == [True] * num_ranks
+    assert not any(isinstance(message, FrameReady) for message in server.rest())
+    assert [server.picture(slot) for slot in slots] == [frame(video, 0), frame(video, 1)]
+    server.close()
+
+
+def test_the_ring_is_whole_again_for_the_next_run() -> None:
+    """Slots that are freed late, after a cancel, serve the next generation; none is lost and none is used twice."""
+    server = Server(num_slots=2)
+    order = Run(generation="generations/1", video=replace(VIDEO, num_frames=33))
+    with running(server, ScriptedPipeline(), order=order) as (futures, _):
+        while not isinstance(server.next(), FrameReady):
+            pass
+        server.send(Cancel(generation="generations/1"))
+        ends(futures)
+    used = [0, 1]
+    for slot in used:
+        server.send(SlotFreed(slot=slot))
+    server.rest()
+    second = Run(generation="generations/2", video=replace(VIDEO, num_frames=1))
+    with running(server, ScriptedPipeline(), order=second) as (futures, _):
+        assert ends(futures)[0].failure is None
+    assert len([message for message in server.rest() if isinstance(message, FrameReady)]) == 1
+    server.close()
+
+
+def test_a_frame_that_fits_no_slot_is_a_bug_and_no_crash() -> None:
+    """A video larger than the ring was made for ends as an internal error on all ranks, and touches no other slot."""
+    server = Server(slot_bytes=VIDEO.frame_bytes - 1)
+    with running(server, ScriptedPipeline(), ScriptedPipeline()) as (futures, _):
+        assert [ended.failure for ended in ends(futures)] == [INTERNAL] * 2
+    server.close()
+
+
+def test_a_server_that_is_gone_is_an_error(server: Server) -> None:
+    """A broken pipe in the middle of a run does not hang the ranks: it ends the run as any error does."""
+    server.pipe.close()
+    with running(server, ScriptedPipeline(), ScriptedPipeline()) as (futures, _):
+        assert [ended.failure for ended in ends(futures)] == [INTERNAL] * 2
+
+
+# ---- orders ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_runs_orders_until_it_is_told_to_stop(server: Server) -> None:
+    """Two generations, one of them failing, and a stop: both ranks do all of it, rank 0 reports each end."""
+    table = Table(2)
+    pipelines = [ScriptedPipeline(), ScriptedPipeline()]
+    server.send(SlotFreed(slot=7))  # words between the orders are no orders
+    server.send(Cancel(generation="generations/0"))
+    server.send(ORDER)
+    with ThreadPoolExecutor(2) as threads:
+        loops = [
+            threads.submit(worker._serve, Seat(table, rank), pipelines[rank], (server.outlet, None)[rank])  # type: ignore[arg-type]
+            for rank in range(2)
+        ]
+        first = take_to_end(server)
+        pipelines[1]._error = RuntimeError("bug")
+        server.send(Run(generation="generations/2", video=VIDEO))
+        second = take_to_end(server)
+        server.send(Stop())
+        assert [loop.result(10.0) for loop in loops] == [None, None]
+    assert [(ended.generation, ended.failure) for ended in (first, second)] == [
+        ("generations/1", None),
+        ("generations/2", INTERNAL),
+    ]
+
+
+def take_to_end(server: Server) -> RunEnded:
+    """Be a server that frees each slot at once, until the run has ended."""
+    while not isinstance(message := server.next(), RunEnded):
+        if isinstance(message, FrameReady):
+            server.send(SlotFreed(slot=message.slot))
+    return message

@@ -1,0 +1,81 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+NUM_RANKS = 3
+RANK = """
+import json, os, signal, sys
+import psutil
+from wan_grpc.domain.topology import Topology
+from wan_grpc.parallel.mesh import PeersLostError, join
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+mesh = join(Topology(copies=3), rank, store_path=store)
+seen = {"is_first": mesh.is_first, "rank": mesh.rank, "world_size": mesh.topology.world_size}
+seen["agree"] = [mesh.agree(word) for word in ((0, 0, 0)[rank], (0, 1, 0)[rank], (3, 1, 2)[rank], 2**40 + rank)]
+payloads = [b"x", b"\\0\\xff" * 5, bytes(range(256)) * 4096]
+seen["share"] = [mesh.share(payload if rank == 0 else None) == payload for payload in payloads]
+seen["gather"] = [list(mesh.gather(10 * rank)), list(mesh.gather(-(2**60) - rank))]
+print(json.dumps(seen), flush=True)
+addresses = {connection.laddr.ip for connection in psutil.Process().net_connections(kind="inet")}
+print(json.dumps(sorted(addresses)), flush=True)
+if rank == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    mesh.agree(0)
+except PeersLostError as error:
+    print(json.dumps(str(error)), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[int, list[Any]]]]:
+    """Exit code and printed lines of three ranks, the last of which is killed before a collective of all."""
+    store = tmp_path_factory.mktemp("mesh") / "store"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(store)], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for rank in range(NUM_RANKS)
+    ]
+    yield [(process.wait(), [json.loads(line) for line in out.splitlines()]) for process, out in _read(started)]
+
+
+def _read(started: list[subprocess.Popen[str]]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    for process in started:
+        out, _ = process.communicate(timeout=100)
+        yield process, out
+
+
+@pytest.mark.parametrize("rank", range(NUM_RANKS))
+def test_what_a_mesh_tells_each_rank(ranks: list[tuple[int, list[Any]]], rank: int) -> None:
+    """All ranks hear the largest word, the payload of rank 0 byte for byte, and each other's values by rank."""
+    assert ranks[rank][1][0] == {
+        "is_first": rank == 0,
+        "rank": rank,
+        "world_size": 3,
+        "agree": [0, 1, 3, 2**40 + 2],
+        "share": [True, True, True],
+        "gather": [[0, 10, 20], [-(2**60), -(2**60) - 1, -(2**60) - 2]],
+    }
+
+
+@pytest.mark.parametrize("rank", range(NUM_RANKS))
+def test_a_mesh_meets_on_the_loopback_alone(ranks: list[tuple[int, list[Any]]], rank: int) -> None:
+    """No rank listens on an address that another machine could reach."""
+    assert ranks[rank][1][1] == ["127.0.0.1"]
+
+
+def test_lost_peers_are_told_apart(ranks: list[tuple[int, list[Any]]]) -> None:
+    """When a peer is killed, a collective does not hang: the others learn that the group is gone, and go on living."""
+    assert ranks[2][0] == -signal.SIGKILL
+    for code, lines in ranks[:2]:
+        assert code == 0
+        assert isinstance(lines[2], str)
