@@ -29,7 +29,7 @@ from wan_grpc.domain.topology import Topology
 from wan_grpc.domain.variants import T2V_A14B, Expert, Limits, ModelCard, OutputFormat, Task
 from wan_grpc.engine.bell import Bell
 from wan_grpc.engine.engine import Engine, EngineOptions
-from wan_grpc.engine.group import GroupPlan, TakeFrame, prepare_forkserver
+from wan_grpc.engine.group import GroupPlan, TakeFrame
 from wan_grpc.engine.messages import MemoryUse, Ready, RunEnded, StepDone
 from wan_grpc.pipeline.checkpoint import Checkpoint
 from wan_grpc.rpc.server import ServerOptions, build_server
@@ -110,7 +110,6 @@ async def main() -> None:
     parser.add_argument("--out", help="JSON file for the full result")
     parser.add_argument("--latency-runs", type=int, default=15)
     options = parser.parse_args()
-    prepare_forkserver()
     result = {**await stand_in_figures(), **await latency_figures(options.latency_runs)}
     for name, value in result.items():
         print(f"{name:<50} {value:>12,.3f}")

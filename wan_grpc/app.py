@@ -49,7 +49,6 @@ async def serve(settings: ServeSettings, on_listening: Callable[[str, int], None
         OSError: an address or a directory cannot be had.
     """
     logs.configure(level=settings.log_level, log_format=settings.log_format)
-    prepare_forkserver()
     metrics = Metrics()
 
     def observe(observation: Observation) -> None:
@@ -86,7 +85,6 @@ async def generate(settings: GenerateSettings, on_event: Callable[[Event], None]
         OSError: a directory or the file cannot be written.
     """
     logs.configure(level=settings.log_level, log_format=settings.log_format)
-    prepare_forkserver()
     async with composed_engine(settings, EngineOptions(max_queue=1), logs.observe) as engine:
         generation = await engine.submit(_request(settings), watched=True)
         await engine.start()  # only now: a request that breaks rules is told at once
@@ -105,6 +103,7 @@ async def composed_engine(
 ) -> AsyncGenerator[Engine, None]:
     """An engine that is ready to be started, and which is gone with all it held when the block ends."""
     checkpoint, card = find_model(settings)
+    prepare_forkserver()  # only now: a model that cannot be had is told at once
     with closing(Spool(settings.spool_dir)) as spool:
         executor = Executor(
             plan_ranks(settings, checkpoint, spool.directory), card, policy=_restart_policy(settings), observe=observe
