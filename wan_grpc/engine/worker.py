@@ -233,7 +233,7 @@ class RankRun:
             raise
         except Exception as error:  # noqa: BLE001  the rank loop is one of the two places that must outlive any error
             structlog.get_logger().exception("generation failed on this rank")
-            return self._mesh.agree(OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError | MemoryError) else FAIL)
+            return self._mesh.agree(OUT_OF_MEMORY if devices.is_out_of_memory(error) else FAIL)
         return self._mesh.agree(self._wish())
 
     def _compute(self) -> None:

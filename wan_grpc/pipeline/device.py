@@ -73,6 +73,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a computation failed for want of memory. torch has an exception of its own for it on GPUs alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't" in str(error)
+
+
 def used_bytes(device: torch.device) -> int:
     """Memory held now: by tensors on a GPU, resident set size on CPU."""
     if device.type == "cuda":
