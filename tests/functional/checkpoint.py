@@ -1,4 +1,4 @@
-"""The checkpoint that the servers of these tests serve: diffusers' own classes, each stage as long as the tests need it."""
+"""The checkpoint that these tests serve: diffusers' own classes, each stage as long as the tests need it."""
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
@@ -8,7 +8,7 @@ from tests import tiny
 
 
 def make_pipeline() -> WanPipeline:
-    """One whose text encoder takes its time, so that tests can act meanwhile, and whose pictures are cheap to decode."""
+    """One whose text encoder takes its time, so that tests can act meanwhile, and whose pictures are cheap."""
     pipeline = tiny.make_pipeline()
     torch.manual_seed(1)
     config = UMT5Config(vocab_size=259, d_model=32, d_kv=32, d_ff=512, num_layers=4, num_heads=8)

@@ -1,4 +1,4 @@
-"""A real server in a process of its own: how tests start it, speak to it, look into it and see that nothing of it stays."""
+"""A real server in a process of its own: how tests start it, speak to it, look into it, and see that nothing stays."""
 
 import contextlib
 import itertools
@@ -106,7 +106,7 @@ def ending(error: grpc.RpcError) -> Ending:
         return Ending(code=error.code(), message=error.details())
     info, retry, wrong = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
     kinds = [detail.type_url.rpartition(".")[2] for detail in status.details if detail.Unpack(info)]
-    has_retry = any([detail.Unpack(retry) for detail in status.details])
+    has_retry = any(detail.Unpack(retry) for detail in status.details)
     for detail in status.details:
         detail.Unpack(wrong)
     assert kinds == ["ErrorInfo"], status

@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from tests.functional.live import (
+    MIB,
     OK,
     LiveServer,
     eventually,
@@ -71,6 +72,20 @@ def test_rank_killed_while_denoising(live: LiveServer, pair: LiveServer, rank: i
     restarts = [scrape.value("wan_rank_restarts_total", cause="rank_died") for scrape in (before, after)]
     assert (restarts[1] - restarts[0], after.value("wan_rank_up")) == (1, 2)
     assert [line for line in pair.log().splitlines() if not line.startswith("{")] == []
+
+
+def test_rank_out_of_memory(live: LiveServer, pair: LiveServer) -> None:
+    """When the memory of one rank does not suffice, that generation fails and says so; all ranks live and go on."""
+    expected = live.make(RIGHT).video
+    assert pair.make(RIGHT).video == expected
+    pids, short = pair.rank_pids(), pair.ranks()[1]
+    unlimited = short.rlimit(psutil.RLIMIT_AS)
+    short.rlimit(psutil.RLIMIT_AS, (short.memory_info().vms + 32 * MIB, unlimited[1]))
+    left = pair.generate(spec(width=640, height=512, num_frames=9, num_inference_steps=1)).finish()
+    short.rlimit(psutil.RLIMIT_AS, unlimited)
+    assert (left.code, left.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
+    assert (left.retry_after_s, left.metadata["generation_state"]) == (None, "FAILED")
+    assert (pair.make(RIGHT).video, pair.rank_pids()) == (expected, pids)
 
 
 def test_idle_rank_killed(live: LiveServer, pair: LiveServer) -> None:

@@ -54,7 +54,7 @@ def test_idle(start: Start) -> None:
 
 
 def test_busy(start: Start) -> None:
-    """What was accepted completes, a request in the drain window too; later ones are refused, and the exit code is 0."""
+    """What was accepted completes, in the drain window too; later requests are refused, and the exit code is 0."""
     with start("--drain-window-s", "1.5") as server:
         changes = server.watch_health()
         running, waiting = server.generate(long_spec()), server.generate(spec())
@@ -83,7 +83,7 @@ def deployment(server: LiveServer) -> object:
 
 
 def test_second_signal(start: Start) -> None:
-    """A second signal ends the drain: what runs and what waits is cancelled, who does not read is left, the code is 0."""
+    """A second signal ends the drain: what runs or waits is cancelled, who does not read is left, the code is 0."""
     with start("--drain-window-s", "60") as server:
         unread = server.generate(LARGE)
         unread.until(kind("chunk"))
