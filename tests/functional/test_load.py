@@ -2,17 +2,21 @@
 
 import asyncio
 import hashlib
+import random
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 
 from tests.functional.live import (
     MIB,
     OK,
     Ending,
     LiveServer,
+    Stream,
     ending,
     eventually,
     generate_request,
@@ -32,6 +36,7 @@ NUM_CALLS = 200
 NUM_CHANNELS = 4
 MAX_QUEUE = 16
 SEEDS = (1, 2, 3, 4)
+NUM_STORM = 50
 AT_ONCE_S = 2.0
 """How long the many callers of a full queue may wait for their refusal."""
 
@@ -126,3 +131,42 @@ def test_two_hundred_callers(live: LiveServer) -> None:
     assert {live.get(name).state for name in names} == {pb.GENERATION_STATE_SUCCEEDED}
     assert set(live.names()) - known == names
     assert live.scrape().value("wan_queue_depth") == 0
+
+
+def leave_at_random(live: LiveServer, number: int, ways: list[str]) -> tuple[str, Stream]:
+    """Begin a generation, and leave it in one of the ways after some of its events; its name and its stream."""
+    chance = random.Random(number)
+    way = chance.choice(ways)
+    made = spec(seed=chance.choice(SEEDS), detach_grace=Duration())
+    stream = live.generate(made, timeout_s=0.05 * chance.randrange(1, 20) if way == "deadline" else None)
+    name = stream.name
+    for _ in range(chance.randrange(12)):
+        stream.take()
+    if stream.ending is None and way == "cancel":
+        live.cancel(name)
+    if stream.ending is None and way == "drop":
+        stream.drop()
+    stream.finish()
+    return name, stream
+
+
+def test_storm(live: LiveServer) -> None:
+    """Whatever many callers do to their generations at once, each ends once, and those that were wanted are right."""
+    checksums = {live.make(spec(seed=seed)).completed.sha256 for seed in SEEDS}
+    pids, before = live.rank_pids(), live.scrape()
+    ways = ["finish", "cancel", "drop", "deadline"]
+    with ThreadPoolExecutor(8) as pool:
+        left = list(pool.map(lambda number: leave_at_random(live, number, ways), range(NUM_STORM)))
+    assert len({name for name, _ in left}) == NUM_STORM
+    ends = Counter(live.ended(name).state for name, _ in left)
+    assert set(ends) == {pb.GENERATION_STATE_SUCCEEDED, pb.GENERATION_STATE_CANCELLED}
+    finished = [stream for _, stream in left if stream.ending == OK]
+    assert {hashlib.sha256(stream.video).hexdigest() for stream in finished} <= checksums
+    after = live.scrape()
+    outcomes = {"succeeded": pb.GENERATION_STATE_SUCCEEDED, "cancelled": pb.GENERATION_STATE_CANCELLED}
+    for outcome, state in outcomes.items():
+        counted = [scrape.value("wan_requests_total", outcome=outcome) for scrape in (before, after)]
+        assert counted[1] - counted[0] == ends[state]
+    eventually(lambda: live.scrape().value("wan_watchers") == 0)
+    assert live.scrape().value("wan_queue_depth") == 0
+    assert live.rank_pids() == pids
