@@ -5,13 +5,14 @@ The only reader of the command line, the environment and the configuration file.
 
 import difflib
 import os
+import re
 import textwrap
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -45,11 +46,26 @@ NOT_YET: Final = frozenset(
 )
 """Settings that servers of Wan2.2 are known to have and this version has not: refused by name."""
 
+_SERVICE_LINK: Final = re.compile(rf"{ENV_PREFIX}(SERVICE_(HOST|PORT.*)|PORT_\d+_.*)")
+_LINKED_PORT: Final = ("tcp://", "udp://", "sctp://")
+"""Kubernetes puts such names, and such a value of the name of --port, into every pod beside a Service `wan-grpc`."""
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path.parts[0]} is nobody's home") from error
+
+
+ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
+"""`~` is the user's home, however the path was given: no shell expands it in `--flag=~/x` or in a file."""
 
 
 def _setting(default: Any, text: str, *, group: str) -> Any:
@@ -75,7 +91,9 @@ class Settings(BaseSettings):
     )
     command: ClassVar[str]
 
-    config: Path | None = _setting(None, "YAML file with settings, one `some_name: value` a line", group="general")
+    config: ExpandedPath | None = _setting(
+        None, "YAML file with settings, one `some_name: value` a line", group="general"
+    )
     log_level: LogLevel = _setting("info", "the least severe messages to log", group="general")
     log_format: Literal["auto", "console", "json"] = _setting(
         "auto", "how to log to stderr; auto: console on a terminal, else json", group="general"
@@ -129,10 +147,10 @@ class RankSettings(Settings):
     max_area: Count = _setting(1280 * 720, "most pixels of a frame", group="limits of a request")
     max_num_frames: Count = _setting(161, "most frames of a video", group="limits of a request")
     max_inference_steps: Count = _setting(200, "most denoising steps of a video", group="limits of a request")
-    cache_dir: Path = _setting(
+    cache_dir: ExpandedPath = _setting(
         Path("~/.cache/wan-grpc"), "directory in which the embedded model is kept once it is made", group="storage"
     )
-    spool_dir: Path | None = _setting(
+    spool_dir: ExpandedPath | None = _setting(
         None, "directory for videos and frames in the making; unset: the system's for temporary files", group="storage"
     )
 
@@ -210,7 +228,7 @@ class GenerateSettings(RankSettings):
     seed: int | None = _setting(None, "unset: a random one, which is printed", group="video")
     output_format: OutputFormat = _setting(OutputFormat.MP4_H264, "of the file", group="output")
     save_output: bool = _setting(True, "write the video to a file; false: only compute it", group="output")
-    output_path: Path = _setting(Path("outputs"), "directory of the file", group="output")
+    output_path: ExpandedPath = _setting(Path("outputs"), "directory of the file", group="output")
     output_file_name: str | None = _setting(None, "unset: made from the prompt and the seed", group="output")
 
 
@@ -228,7 +246,7 @@ class MakeTinyModelSettings(Settings):
 
     command = "make-tiny-model"
 
-    directory: CliPositionalArg[Path] = Field(description="a new or empty directory")
+    directory: CliPositionalArg[ExpandedPath] = Field(description="a new or empty directory")
 
 
 COMMANDS: Final[tuple[type[Settings], ...]] = (ServeSettings, GenerateSettings, ModelsSettings, MakeTinyModelSettings)
@@ -358,7 +376,8 @@ def _unknown_flags(settings: type[Settings], arguments: Sequence[str]) -> Iterat
 
 def _read_environment(settings: type[Settings], environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Values for this command. Those of other commands are known and left alone; an empty one counts as unset."""
-    given = {name: value for name, value in environment.items() if name.startswith(ENV_PREFIX) and value}
+    ours = {name: value for name, value in environment.items() if name.startswith(ENV_PREFIX) and value}
+    given = {name: value for name, value in ours.items() if not _is_service_link(name, value)}
     known = _all_names()
     values, problems = {}, []
     for variable, value in given.items():
@@ -370,12 +389,17 @@ def _read_environment(settings: type[Settings], environment: Mapping[str, str]) 
     return values, problems
 
 
+def _is_service_link(variable: str, value: str) -> bool:
+    is_linked_port = variable == _variable("port") and value.startswith(_LINKED_PORT)
+    return is_linked_port or _SERVICE_LINK.fullmatch(variable) is not None
+
+
 def _read_file(settings: type[Settings], path: Path) -> tuple[dict[str, Any], list[str]]:
     import yaml  # only those who have a file wait for it
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(_expanded(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError([f"{path}: cannot be read: {' '.join(str(error).split())}"]) from error
     if content is None:
         return {}, []

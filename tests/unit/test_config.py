@@ -93,6 +93,51 @@ def test_positional_argument() -> None:
     assert load(MakeTinyModelSettings, ["there"], {}) == MakeTinyModelSettings(directory=Path("there"))
 
 
+@pytest.mark.parametrize("link", ["tcp://10.0.0.1:3000", "udp://10.0.0.1:3000", "sctp://10.0.0.1:3000"])
+def test_service_links_are_no_settings(link: str) -> None:
+    """What Kubernetes tells a pod about a Service named wan-grpc is passed over; a port that we are given is not."""
+    environment = {
+        "WAN_GRPC_SERVICE_HOST": "10.0.0.1",
+        "WAN_GRPC_SERVICE_PORT": "3000",
+        "WAN_GRPC_SERVICE_PORT_GRPC": "3000",
+        "WAN_GRPC_PORT": link,
+        "WAN_GRPC_PORT_3000_TCP": link,
+        "WAN_GRPC_PORT_3000_TCP_PROTO": "tcp",
+        "WAN_GRPC_PORT_3000_TCP_PORT": "3000",
+        "WAN_GRPC_PORT_3000_TCP_ADDR": "10.0.0.1",
+    }
+    assert load(ServeSettings, [], environment) == ServeSettings()
+    assert load(ServeSettings, [], {**environment, "WAN_GRPC_PORT": "4000"}) == ServeSettings(port=4000)
+    assert problems(ServeSettings, [], {"WAN_GRPC_PORT_X": "1", "WAN_GRPC_PORT": "http://x"}) == (
+        "WAN_GRPC_PORT_X: unknown setting; did you mean WAN_GRPC_PORT?",
+        "WAN_GRPC_PORT: input should be a valid integer, unable to parse string as an integer, not 'http://x'",
+    )
+
+
+def test_every_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` is the home of the user in every path, by flag, by variable, in a file and in a default."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "cache_dir: ~/cache\n")
+    wanted = ServeSettings(
+        config=tmp_path / "settings.yaml", cache_dir=tmp_path / "cache", spool_dir=tmp_path / "spool"
+    )
+    assert load(ServeSettings, ["--config=~/settings.yaml", "--spool-dir=~/spool"], {}) == wanted
+    assert load(ServeSettings, ["--spool-dir=~/spool"], {"WAN_GRPC_CONFIG": "~/settings.yaml"}) == wanted
+    assert load(GenerateSettings, ["--prompt=p", "--output-path=~/out"], {}).output_path == tmp_path / "out"
+    assert load(GenerateSettings, ["--prompt=p"], {}).cache_dir == tmp_path / ".cache/wan-grpc"
+    assert load(MakeTinyModelSettings, ["~/tiny"], {}).directory == tmp_path / "tiny"
+
+
+def test_a_home_that_nobody_has() -> None:
+    """A path below the home of a user who does not exist is refused, and not made in the current directory."""
+    assert problems(ServeSettings, ["--spool-dir=~nobody-at-all/x"]) == (
+        "--spool-dir: value error, ~nobody-at-all is nobody's home, not '~nobody-at-all/x'",
+    )
+    assert problems(ServeSettings, ["--config=~nobody-at-all/x"]) == (
+        "~nobody-at-all/x: cannot be read: ~nobody-at-all is nobody's home",
+    )
+
+
 def test_every_unknown_name_is_refused_at_once(tmp_path: Path) -> None:
     """Unknown flags, variables and file keys are all named, with the nearest known name."""
     path = write(tmp_path, "max_queu: 3\nconfig: x\nprompt: of another command\n")
