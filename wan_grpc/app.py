@@ -201,6 +201,7 @@ async def _until_told_to_stop(engine: Engine, server: RpcServer) -> int:
         if engine.fatal.done():
             told.cancel()
             log.critical("the ranks cannot work, and starting them again is no use", detail=engine.fatal.result())
+            signals.put_nowait("none")  # there is nothing to wait for
         else:
             log.info("stopping: the next signal cancels what still runs", signal=told.result())
         await _stop_server(engine, server, signals)

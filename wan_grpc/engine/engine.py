@@ -278,6 +278,7 @@ class Engine:
         finally:
             job.num_readers -= 1
             self._release(job)
+            self._changed.ring()
 
     async def _follow(self, job: GenerationLog, sequence: int, offset: int) -> AsyncGenerator[Record, None]:
         sequence = min(sequence, job.last_sequence - job.state.is_final)  # the end is told to every watcher
@@ -309,7 +310,11 @@ class Engine:
 
     async def _read(self, job: GenerationLog, offset: int, end: int) -> bytes:
         assert job.artifact is not None
-        data = await asyncio.to_thread(job.artifact.read, offset, min(CHUNK_BYTES, end - offset))
+        try:
+            data = await asyncio.to_thread(job.artifact.read, offset, min(CHUNK_BYTES, end - offset))
+        except OSError as error:
+            sentence = f"the server could not read the video: {error.strerror}"
+            raise ServiceError(Reason.STORAGE_FAILED, sentence) from error
         self._observe(BytesSent(count=len(data)))
         return data
 
@@ -376,7 +381,9 @@ class Engine:
         if self._draining or self.fatal.done():
             raise ServiceError(Reason.SHUTTING_DOWN, _SHUTTING_DOWN.message, retry_after_s=_UNKNOWN_WAIT_S)
         if len(self._queue) + (self._active is not None) > self._options.max_queue:
-            sentence = f"one generation is running and {self._options.max_queue} are waiting; no more are accepted now"
+            sentence = (
+                f"{self._options.max_queue} generations wait behind the one that is next; no more are accepted now"
+            )
             raise ServiceError(Reason.QUEUE_FULL, sentence, retry_after_s=self._wait_for_room_s())
 
     def _wait_for_room_s(self) -> float:
@@ -408,8 +415,10 @@ class Engine:
         return self._active_left_s()
 
     def _active_left_s(self) -> float | None:
-        progress = self._active.snapshot().progress if self._active is not None else None
-        return None if progress is None else progress.eta_s
+        told = self._active.last_record(Progress) if self._active is not None else None
+        if told is None or not isinstance(told.event, Progress) or told.event.eta_s is None:
+            return None
+        return max(0.0, told.event.eta_s - (time.time() - told.time_s))
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
@@ -453,6 +462,9 @@ class Engine:
             self._end_failed(job, storage_failure(error))
             return
         job.running = run
+        run.info = asyncio.ensure_future(
+            asyncio.to_thread(describe, job.video)
+        )  # it opens an encoder, which takes a while
         try:
             ended = await self._follow_ranks(job, run)
         except ServiceError as error:
@@ -470,6 +482,8 @@ class Engine:
                 if isinstance(message, RunEnded):
                     self._take_end(job, run, message)
                     return message
+                if message.progress.stage is Stage.DECODE and run.info is not None:
+                    await asyncio.wait([run.info])
                 self._take_step(job, run, message.progress)
                 if run.failure is not None or run.encoding.put_failure is not None:
                     self._executor.cancel(job.name)
@@ -480,14 +494,21 @@ class Engine:
             self._enter(job, progress.stage)
         if progress.stage is Stage.DECODE:
             if progress.step == 0:
-                job.log(describe(job.video))
-                run.task = asyncio.create_task(self._encode(job, run))
-                run.task.add_done_callback(lambda task: self._note_crash_of_encoder(task, job, run))
+                self._begin_encoding(job, run)
             else:
                 self._observe(FramesDecoded(count=1 if progress.step == 1 else self.card.temporal_factor))
         if progress.expert is not None and progress.step_time_s is not None:
             self._observe(StepEnded(name=job.name, expert=progress.expert, seconds=progress.step_time_s))
         self._log_progress(job, progress)
+
+    def _begin_encoding(self, job: GenerationLog, run: Running) -> None:
+        assert run.info is not None
+        if (error := run.info.exception()) is not None:
+            self._note_crash_of_encoder(error, job, run)
+            return
+        job.log(run.info.result())
+        run.task = asyncio.create_task(self._encode(job, run))
+        run.task.add_done_callback(lambda task: self._note_end_of_encoder(task, job, run))
 
     def _log_progress(self, job: GenerationLog, progress: Progress) -> None:
         eta_s = remaining(progress, job.video, self._pace, job.clock.elapsed_s)
@@ -543,6 +564,8 @@ class Engine:
         if run.task is not None:
             await asyncio.wait([run.task])
         self._may_encode.release()
+        if job.state.is_final:
+            return  # a bug elsewhere has ended it
         if ended is not None and run.is_encoded:
             await self._end_complete(job, ended.memory)
         else:
@@ -636,7 +659,7 @@ class Engine:
         return tuple(job for job in self._generations.values() if not job.state.is_final)
 
     def _busy(self) -> bool:
-        return any(not job.state.is_final or job.num_watchers for job in self._generations.values())
+        return any(not job.state.is_final or job.num_watchers or job.num_readers for job in self._generations.values())
 
     def _report_load(self) -> None:
         num_watchers = sum(job.num_watchers for job in self._generations.values())
@@ -659,12 +682,24 @@ class Engine:
         if not task.cancelled() and (error := task.exception()) is not None:
             structlog.get_logger().error("a vital task of the engine failed", exc_info=error)
             self._executor.give_up(f"internal error: {error!r}")
+            for job in self._unfinished():
+                self._end_after_a_bug(job)
 
-    def _note_crash_of_encoder(self, task: asyncio.Task[None], job: GenerationLog, run: Running) -> None:
+    def _end_after_a_bug(self, job: GenerationLog) -> None:
+        if job.state is State.QUEUED:
+            self._queue.remove(job)
+        elif job.running is not None:
+            job.running.encoding.abort()
+        self._end_failed(job, _INTERNAL)
+
+    def _note_end_of_encoder(self, task: asyncio.Task[None], job: GenerationLog, run: Running) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            structlog.get_logger().error("the encoder failed", exc_info=error)
-            run.stop_with(_INTERNAL)
-            self._executor.cancel(job.name)
+            self._note_crash_of_encoder(error, job, run)
+
+    def _note_crash_of_encoder(self, error: BaseException, job: GenerationLog, run: Running) -> None:
+        structlog.get_logger().error("the encoder failed", exc_info=error)
+        run.stop_with(_INTERNAL)
+        self._executor.cancel(job.name)
 
 
 def _unlogged(sequence: int, event: Event) -> Record:

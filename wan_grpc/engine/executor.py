@@ -58,8 +58,9 @@ class Executor:
         self._failures: deque[float] = deque()
         self._restart_s: float | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._starting: asyncio.Future[None] | None = None
+        self._on_thread: asyncio.Future[None] | None = None
         self._running: str | None = None
+        self._is_cancelled = False
         self.changed = Bell()
         self.detail = "the ranks are starting"
         self.ready: tuple[Ready, ...] = ()
@@ -100,15 +101,13 @@ class Executor:
         """
         await self.wait_ready()
         assert self._group is not None and self._running is None
-        self._running = generation
+        self._running, self._is_cancelled = generation, False
         events = self._events  # of this group: a restart brings its own
-        try:
-            self._group.expect_frames(video.frame_bytes, take_frame)
-            self._group.send(Run(generation=generation, video=video))
-            while not isinstance(message := await self._next_message(events), RunEnded):
-                yield message
-        finally:
-            self._running = None
+        self._group.expect_frames(video.frame_bytes, take_frame)
+        self._group.send(Run(generation=generation, video=video))
+        while not isinstance(message := await self._next_message(events), RunEnded):
+            yield message
+        self._running = None  # and not before: whoever leaves early leaves the ranks at work
         self._take_memory(message.memory)
         yield message
 
@@ -121,7 +120,8 @@ class Executor:
 
     def cancel(self, generation: str) -> None:
         """Have the ranks leave this generation at the next step boundary; nothing happens when they do not run it."""
-        if self._group is not None and self._running == generation:
+        if self._group is not None and self._running == generation and not self._is_cancelled:
+            self._is_cancelled = True  # said once: a rank reads its pipe only between steps, and a pipe can fill
             self._group.send(Cancel(generation=generation))
 
     async def stop(self) -> None:
@@ -131,8 +131,8 @@ class Executor:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
         self._set_ready(())
-        if self._starting is not None:
-            await asyncio.wait([self._starting])
+        if self._on_thread is not None:
+            await asyncio.wait([self._on_thread])
         if self._group is not None:
             group, self._group = self._group, None
             await asyncio.to_thread(group.stop if idle else group.kill)
@@ -181,9 +181,8 @@ class Executor:
         began = time.monotonic()
         self._events = events
         self._group = RankGroup(self.plan, deliver)
-        self._starting = asyncio.ensure_future(asyncio.to_thread(self._group.start))
         try:
-            await asyncio.shield(self._starting)
+            await self._to_thread(self._group.start)
         except (OSError, EOFError) as error:
             raise _StartError(f"rank processes cannot be started: {error!r}") from error
         try:
@@ -229,6 +228,7 @@ class Executor:
         self.changed.ring()
 
     async def _bury(self, event: RanksDied, cause: RestartCause) -> None:
+        self._running = None
         self._set_ready(())
         for rank in range(self.plan.topology.world_size):
             self._observe(RankChanged(rank=rank, up=False))
@@ -236,7 +236,12 @@ class Executor:
             self._observe(GroupRestarting(cause=cause, detail=event.detail))
         if self._group is not None:
             group, self._group = self._group, None
-            await asyncio.to_thread(group.kill)
+            await self._to_thread(group.kill)
+
+    async def _to_thread(self, work: Callable[[], None]) -> None:
+        """Run what blocks on a thread. Cancelling this leaves it running; `stop` waits for it."""
+        self._on_thread = asyncio.ensure_future(asyncio.to_thread(work))
+        await asyncio.shield(self._on_thread)
 
     async def _count_failure(self, detail: str) -> None:
         now = time.monotonic()

@@ -62,6 +62,7 @@ class Running:
 
     def __init__(self, encoding: Encoding) -> None:
         self.encoding = encoding
+        self.info: asyncio.Future[VideoInfo] | None = None
         self.task: asyncio.Task[None] | None = None
         self.is_encoded = False
         self.failure: Failure | None = None
@@ -170,8 +171,8 @@ class GenerationLog:
             detach_grace_s=self.detach_grace_s,
         )
 
-    def info(self) -> VideoInfo | None:
-        return self._last(VideoInfo)
+    def last_record(self, kind: type[E]) -> Record | None:
+        return next((record for record in reversed(self.records) if isinstance(record.event, kind)), None)
 
     def _last(self, kind: type[E]) -> E | None:
         return next((r.event for r in reversed(self.records) if isinstance(r.event, kind)), None)

@@ -77,11 +77,29 @@ def prepare_forkserver() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_rank(config: bytes, pipe: connection.Connection, lifeline: connection.Connection, ring_fd: Any) -> None:
+def run_rank(config: bytes, pipe: connection.Connection, lifeline: connection.Connection, ring_fd: int) -> None:
     """What a new rank process calls. Here, and not in the worker, so that the server never imports torch."""
     from wan_grpc.engine.worker import main
 
     main(config, pipe, lifeline, ring_fd)
+
+
+class HandedOver:
+    """A file descriptor on its way into a process that is being started; there it arrives as a number.
+
+    DupFd is made while the process is being spawned, since it would otherwise start a server thread of its own.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        return _take_over, (DupFd(self._fd),)
+
+
+def _take_over(handed: Any) -> int:
+    fd: int = handed.detach()
+    return fd
 
 
 class RankGroup:
@@ -122,7 +140,10 @@ class RankGroup:
         their_lifeline, our_lifeline = _context.Pipe(duplex=False)
         config = messages.encode(self._config(rank))
         process = _context.Process(
-            target=run_rank, args=(config, theirs, their_lifeline, DupFd(ring_fd)), name=f"wan-rank-{rank}", daemon=True
+            target=run_rank,
+            args=(config, theirs, their_lifeline, HandedOver(ring_fd)),
+            name=f"wan-rank-{rank}",
+            daemon=True,
         )
         process.start()
         theirs.close()
@@ -187,7 +208,14 @@ class RankGroup:
         Path(self._rendezvous).unlink(missing_ok=True)
 
     def _read(self) -> None:
-        """The reading thread: until a rank dies or the group is stopped."""
+        """The reading thread: until a rank dies, the group is stopped, or what a rank says cannot be understood."""
+        try:
+            self._read_until_a_death()
+        finally:
+            if not self._stopping:
+                self._deliver(RanksDied(detail=self._epitaph() or "what rank 0 said could not be read"))
+
+    def _read_until_a_death(self) -> None:
         sentinels = [process.sentinel for process in self._processes]
         open_pipes = list(self._pipes)
         while True:
@@ -196,9 +224,7 @@ class RankGroup:
                 if not self._read_one(pipe):
                     open_pipes.remove(pipe)
             if not any(pipe in happened for pipe in open_pipes) and any(s in happened for s in sentinels):
-                break
-        if not self._stopping:
-            self._deliver(RanksDied(detail=self._epitaph()))
+                return
 
     def _read_one(self, pipe: connection.Connection) -> bool:
         try:

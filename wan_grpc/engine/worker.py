@@ -10,7 +10,6 @@ import sys
 import threading
 from contextlib import closing
 from multiprocessing.connection import Connection
-from typing import Any
 
 import structlog
 import torch
@@ -62,15 +61,14 @@ class LeaveRun(Exception):
         self.word = word
 
 
-def main(config_bytes: bytes, pipe: Connection, lifeline: Connection, ring_fd: Any) -> None:
+def main(config_bytes: bytes, pipe: Connection, lifeline: Connection, ring_fd: int) -> None:
     """Entry point of a rank process."""
     config = messages.decode_config(config_bytes)
     _die_with_the_server(lifeline)
     logs.configure(level=config.log_level, log_format=config.log_format)
     structlog.contextvars.bind_contextvars(rank=config.rank)
-    fd = ring_fd.detach()
-    ring = FrameRing(fd, slot_bytes=config.slot_bytes, num_slots=config.num_slots)
-    os.close(fd)
+    ring = FrameRing(ring_fd, slot_bytes=config.slot_bytes, num_slots=config.num_slots)
+    os.close(ring_fd)
     try:
         mesh, pipeline = _prepare(config)
     except UnusableModelError as error:

@@ -89,7 +89,7 @@ async def test_two_hundred_at_once_on_a_line_of_sixteen(another: OpenAnother) ->
     )
     accepted = [first, *(answer for answer in answers if isinstance(answer, Generation))]
     refused = [answer.failure for answer in answers if isinstance(answer, ServiceError)]
-    sentence = "one generation is running and 16 are waiting; no more are accepted now"
+    sentence = "16 generations wait behind the one that is next; no more are accepted now"
     assert [generation.video.prompt for generation in accepted] == [str(number) for number in range(17)]
     assert refused == [Failure(reason=Reason.QUEUE_FULL, message=sentence, retry_after_s=5.0)] * 183
     for number in range(1, 18):
@@ -143,7 +143,8 @@ async def test_a_full_line_tells_when_the_running_one_will_be_done(another: Open
     retry_s = (await refusal(bench.submit())).retry_after_s
     progress = bench.engine.get(generation.name).progress
     assert progress is not None and progress.eta_s is not None
-    assert retry_s == progress.eta_s > 1000.0
+    assert retry_s == pytest.approx(progress.eta_s, abs=5.0)  # less what has passed since it was told
+    assert retry_s is not None and retry_s > 1000.0
 
 
 async def test_positions_move_up(bench: Bench) -> None:
@@ -178,7 +179,8 @@ async def test_waiting_times_are_told_once_work_was_timed(bench: Bench) -> None:
     third = await bench.submit(watched=False)
     last = bench.engine._generations[third.name].records[-1].event
     assert progress is not None and progress.eta_s is not None
-    assert last == Queued(position=1, eta_s=progress.eta_s + 40.0)
+    assert isinstance(last, Queued) and last.position == 1
+    assert last.eta_s == pytest.approx(progress.eta_s + 40.0, abs=5.0)  # less what has passed since it was told
 
 
 async def test_no_start_is_promised_while_the_ranks_are_starting(another: OpenAnother) -> None:
