@@ -128,6 +128,9 @@ def _size_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation
         if value < card.size_multiple or value % card.size_multiple:
             sentence = f"{value} is not a positive multiple of {card.size_multiple}"
             yield Violation(field=field, description=sentence, reason="NOT_A_MULTIPLE")
+        if value > card.max_side:
+            sentence = f"{value} is more than {card.max_side}"
+            yield Violation(field=field, description=sentence, reason="TOO_LARGE")
     if video.width > 0 and video.height > 0 and video.width * video.height > card.limits.max_area:
         sentence = (
             f"{video.width} x {video.height} = {video.width * video.height} pixels a frame; "

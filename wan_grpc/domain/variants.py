@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
+
+MAX_SIDE: Final = 16384
+"""Pixels of a side that H.264 encoders take."""
 
 
 class Task(StrEnum):
@@ -62,6 +66,8 @@ class ModelCard:
     limits: Limits
     size_multiple: int
     """Width and height are multiples of this many pixels (spatial VAE factor x patch)."""
+    max_side: int = MAX_SIDE
+    """Most pixels of a side, however few the other one has: positions that the model knows, and the encoder's bound."""
     temporal_factor: int = 4
     """num_frames is 1 more than a multiple of this."""
     max_text_tokens: int = 512

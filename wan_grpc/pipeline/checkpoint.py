@@ -4,12 +4,12 @@ Knows the directory, its configs and the card made from them. Imports no torch: 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 from wan_grpc.domain.errors import UnusableModelError
-from wan_grpc.domain.variants import T2V_A14B, T2V_A14B_SIZES, Defaults, Limits, ModelCard, Task
+from wan_grpc.domain.variants import MAX_SIDE, T2V_A14B, T2V_A14B_SIZES, Defaults, Limits, ModelCard, Task
 from wan_grpc.pipeline import hub, layout
 from wan_grpc.pipeline.published import T2V_A14B_CONFIGS, T2V_A14B_ID
 
@@ -88,7 +88,11 @@ def read_card(checkpoint: Checkpoint, *, model_id: str, limits: Limits | None = 
         UnusableModelError: a value in the files is of the wrong type.
     """
     vae = checkpoint.component("vae")
-    patch = checkpoint.component("transformer").get("patch_size", [1, 2, 2])
+    transformer = checkpoint.component("transformer")
+    patch = transformer.get("patch_size", [1, 2, 2])
+    num_positions = transformer.get("rope_max_seq_len", 1024)  # on each axis of the latents
+    size_multiple = vae.get("scale_factor_spatial", 8) * patch[1]
+    temporal_factor = vae.get("scale_factor_temporal", 4) * patch[0]
     extra = checkpoint.config(EXTRA_NAME)
     defaults = _defaults(checkpoint, extra)
     own_size = ((defaults.width, defaults.height),)
@@ -96,12 +100,17 @@ def read_card(checkpoint: Checkpoint, *, model_id: str, limits: Limits | None = 
         model_id=model_id,
         task=Task.TEXT_TO_VIDEO,
         defaults=defaults,
-        limits=limits or DEFAULT_LIMITS,
-        size_multiple=vae.get("scale_factor_spatial", 8) * patch[1],
-        temporal_factor=vae.get("scale_factor_temporal", 4) * patch[0],
+        limits=_within(limits or DEFAULT_LIMITS, max_num_frames=(num_positions - 1) * temporal_factor + 1),
+        size_multiple=size_multiple,
+        max_side=min(MAX_SIDE, num_positions * size_multiple),
+        temporal_factor=temporal_factor,
         embedded=extra.get("embedded", False) is True,
         sizes=T2V_A14B_SIZES if own_size[0] in T2V_A14B_SIZES else own_size,
     )
+
+
+def _within(limits: Limits, *, max_num_frames: int) -> Limits:
+    return replace(limits, max_num_frames=min(limits.max_num_frames, max_num_frames))
 
 
 def _defaults(checkpoint: Checkpoint, extra: Mapping[str, Any]) -> Defaults:

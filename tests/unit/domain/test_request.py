@@ -50,7 +50,7 @@ def ask(**changes: object) -> GenerationRequest:
         ({"width": 480, "height": 832}, {"width": 480, "height": 832}),
         ({"width": 16, "height": 16, "num_frames": 1}, {"width": 16, "height": 16, "num_frames": 1}),
         ({"width": 720, "height": 1280, "num_frames": 161}, {"width": 720, "height": 1280, "num_frames": 161}),
-        ({"width": 921600 // 16, "height": 16}, {"width": 57600, "height": 16}),
+        ({"width": 16384, "height": 48}, {"width": 16384, "height": 48}),
         ({"fps": 1}, {"fps": 1}),
         ({"fps": 120}, {"fps": 120}),
         ({"num_inference_steps": 1}, {"num_inference_steps": 1}),
@@ -149,6 +149,8 @@ REFUSED = [
         "1296 x 720 = 933120 pixels a frame; at most 921600",
         "TOO_LARGE",
     ),
+    ({"width": 16400, "height": 16}, "width", "16400 is more than 16384", "TOO_LARGE"),
+    ({"width": 16, "height": 16400}, "height", "16400 is more than 16384", "TOO_LARGE"),
     ({"num_frames": 0}, "num_frames", "0 is not 1 more than a multiple of 4", "NOT_A_MULTIPLE"),
     ({"num_frames": -3}, "num_frames", "-3 is not 1 more than a multiple of 4", "NOT_A_MULTIPLE"),
     ({"num_frames": 80}, "num_frames", "80 is not 1 more than a multiple of 4", "NOT_A_MULTIPLE"),
@@ -219,6 +221,16 @@ def test_a_boundary_is_refused_where_there_is_one_expert() -> None:
     sentence = "this model has one expert, so there is no boundary between experts"
     assert caught.value.violations == (
         Violation(field="spec.boundary_ratio", description=sentence, reason="DOES_NOT_APPLY"),
+    )
+
+
+def test_a_model_with_few_positions_has_short_sides() -> None:
+    """The bound of a side is the model's own, and both sides hear of it."""
+    with pytest.raises(InvalidRequestError) as caught:
+        resolve(ask(width=144, height=160), replace(CARD, max_side=128), fallback_seed=0)
+    assert caught.value.violations == (
+        Violation(field="spec.width", description="144 is more than 128", reason="TOO_LARGE"),
+        Violation(field="spec.height", description="160 is more than 128", reason="TOO_LARGE"),
     )
 
 
@@ -300,6 +312,7 @@ def test_any_request_is_resolved_or_refused(request: GenerationRequest) -> None:
         return
     asked = {field.name: getattr(request, field.name) for field in fields(VideoRequest)}
     assert all(getattr(video, name) == value for name, value in asked.items() if value is not None)
+    assert max(video.width, video.height) <= CARD.max_side
     assert 0 < video.width * video.height <= CARD.limits.max_area
     assert (video.width % 16, video.height % 16, video.num_frames % 4) == (0, 0, 1)
     assert all(math.isfinite(value) for value in (video.guidance_scale, video.guidance_scale_2, video.flow_shift))

@@ -234,6 +234,13 @@ def test_the_card_says_what_the_files_say(copy: Path) -> None:
     )
 
 
+def test_the_card_keeps_to_the_positions_of_the_model(copy: Path) -> None:
+    """No side and no number of frames is allowed for which the transformer has no positions."""
+    edit(copy / "transformer/config.json", rope_max_seq_len=8)
+    card = read_card(locate(str(copy), load_format="auto"), model_id="mine")
+    assert (card.max_side, card.limits) == (8 * 16, replace(DEFAULT_LIMITS, max_num_frames=7 * 4 + 1))
+
+
 def test_the_card_of_the_published_shapes() -> None:
     """Without any file, random weights of the published model have the published card."""
     checkpoint = locate(T2V_A14B_ID, load_format="dummy")
