@@ -32,6 +32,7 @@ from wan_grpc.domain.observations import (
 )
 from wan_grpc.domain.variants import Expert, OutputFormat
 from wan_grpc.engine import encoding
+from wan_grpc.engine import engine as engine_module
 from wan_grpc.store.artifacts import Artifact, Spool, StorageFailedError
 from wan_grpc.store.frames import FrameSpool
 
@@ -392,6 +393,42 @@ async def test_an_encoder_that_crashes(bench: Bench, monkeypatch: pytest.MonkeyP
     )
     assert bench.states(generation.name) == [State.FAILED]
     await next_one_works(bench)
+
+
+async def test_an_encoder_that_cannot_be_opened(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even what only describes a video may fail: that one ends, the ranks are told to leave, and the next one works."""
+
+    def crash(*_: object) -> None:
+        raise RuntimeError("no threads left for libx264")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_module, "describe", crash)
+        generation = await bench.submit()
+        watcher = bench.watch(generation.name)
+        run = await bench.executor.run_number(1)
+        run.reach(Stage.DECODE, 1)
+        await eventually(lambda: run.is_cancelled)
+        await watcher.to_end()
+    assert watcher.failure is not None and watcher.failure.reason is Reason.INTERNAL
+    assert bench.states(generation.name) == [State.FAILED]
+    await next_one_works(bench)
+
+
+async def test_a_bug_in_the_scheduler_leaves_nobody_waiting(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs and what waits end as FAILED, and the engine says that it cannot go on."""
+    running = await bench.submit(watched=False)
+    waiting = await bench.submit(watched=False)
+    run = await bench.executor.run_number(1)
+
+    def crash(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(bench.engine, "_take_step", crash)
+    run.advance()
+    await bench.ended(running.name)
+    await bench.ended(waiting.name)
+    assert [bench.states(g.name) for g in (running, waiting)] == [[State.FAILED], [State.FAILED]]
+    assert "a bug" in await bench.engine.fatal
 
 
 # ---- encoding beside the ranks --------------------------------------------------------------------------------------

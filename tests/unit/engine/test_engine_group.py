@@ -1,0 +1,65 @@
+import multiprocessing
+import os
+import threading
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from wan_grpc.domain.topology import Topology
+from wan_grpc.engine.group import GroupEvent, GroupPlan, HandedOver, RankGroup, RanksDied
+from wan_grpc.pipeline.checkpoint import Checkpoint
+
+context = multiprocessing.get_context("forkserver")
+
+
+def write_into(fd: int, pipe: Connection) -> None:
+    os.pwrite(fd, b"hello", 0)
+    pipe.send_bytes(b"done")
+
+
+def test_a_descriptor_is_handed_over_without_a_server(tmp_path: Path) -> None:
+    """The new process writes to the same file, and no thread that would hand descriptors out is started for it."""
+    ours, theirs = context.Pipe()
+    with (tmp_path / "file").open("w+b") as file:
+        process = context.Process(target=write_into, args=(HandedOver(file.fileno()), theirs))
+        process.start()
+        assert ours.recv_bytes() == b"done"
+        process.join()
+        assert file.read() == b"hello"
+    assert resource_sharer._resource_sharer._listener is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reader_that_cannot_go_on_reports_the_group_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that are no message do not end the watch over the ranks in silence."""
+    heard: list[GroupEvent] = []
+    told = threading.Event()
+
+    def deliver(event: GroupEvent) -> None:
+        heard.append(event)
+        told.set()
+
+    group = RankGroup(plan(tmp_path), deliver)
+    ours, theirs = context.Pipe()
+    group._pipes.append(ours)
+    theirs.send_bytes(b"\xc1 is not msgpack")
+    group._reader.start()
+    assert told.wait(10)
+    assert heard == [RanksDied(detail="what rank 0 said could not be read")]
+    group.kill()
+    theirs.close()
+
+
+def plan(directory: Path) -> GroupPlan:
+    return GroupPlan(
+        topology=Topology(),
+        checkpoint=Checkpoint(model_path="none", directory=None),
+        device="cpu",
+        dtype="float32",
+        load_format="dummy",
+        cpu_threads=1,
+        max_frame_bytes=1,
+        directory=directory,
+    )
