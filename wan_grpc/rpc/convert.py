@@ -99,7 +99,7 @@ def to_domain(message: GenerateRequest | CreateGenerationRequest, card: ModelCar
     request = GenerationRequest(
         prompt=spec.prompt,
         output_format=_output_format(spec.output_format),
-        request_id=message.request_id or None,
+        request_id=message.request_id.lower() or None,  # the letters of a UUID have no case
         max_duration_s=_seconds(spec.max_duration) if spec.HasField("max_duration") else None,
         detach_grace_s=_detach_grace_s(spec),
         **{name: getattr(spec, name) for name in _COPIED_FIELDS if spec.HasField(name)},

@@ -7,7 +7,6 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
-import structlog
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio
 
@@ -25,18 +24,18 @@ class Health(aio.HealthServicer):
         self._services = tuple(services)
         self._watches: set[asyncio.Task[None]] = set()
         self._is_leaving = False
+        self._telling = asyncio.Lock()
 
     async def begin(self) -> None:
         """Say NOT_SERVING until the engine says otherwise."""
         await self._tell(False)
 
     async def follow(self, changes: AsyncIterator[bool]) -> None:
-        """Repeat readiness as it changes, until cancelled."""
+        """Repeat readiness as it changes, until cancelled or `changes` fails; then nobody trusts a stale word."""
         try:
             async for ready in changes:
-                await self._tell(ready and not self._is_leaving)
-        except Exception:  # noqa: BLE001  # part of the boundary: whoever balances load must not trust a stale word
-            structlog.stdlib.get_logger("wan_grpc.rpc").exception("readiness is not known any more")
+                await self._tell(ready)
+        finally:
             await self._tell(False)
 
     async def leave(self) -> None:
@@ -64,5 +63,7 @@ class Health(aio.HealthServicer):
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
 
     async def _tell(self, is_ready: bool) -> None:
-        for service in self._services:
-            await self.set(service, _SERVING if is_ready else _NOT_SERVING)
+        async with self._telling:  # a SERVING on its way through the services must not come after a NOT_SERVING
+            status = _SERVING if is_ready and not self._is_leaving else _NOT_SERVING
+            for service in self._services:
+                await self.set(service, status)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
+import structlog
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from wan_grpc.engine.engine import Engine
 
 MIB = 1024 * 1024
+_FOLLOW_AGAIN_S = 0.5
 OUR_SERVICES = (
     video_generation_service_pb2.DESCRIPTOR.services_by_name["VideoGenerationService"].full_name,
     adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
@@ -34,6 +36,8 @@ _REFLECTED_SERVICES = (
     channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
     reflection.SERVICE_NAME,
 )
+
+log = structlog.stdlib.get_logger("wan_grpc.rpc")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +59,8 @@ class ServerOptions:
     """Cut what still runs this long after that; None leaves it alone."""
     max_concurrent_calls: int | None = 1024
     """Calls of the API at once, None for any number. Health checks are not counted."""
-    max_receive_bytes: int = 64 * MIB
-    """Largest request: room for two images."""
+    max_receive_bytes: int = MIB
+    """Largest request: text, whose own limit is far below. Requests with images, which no model takes yet, raise it."""
     max_send_bytes: int = 4 * MIB
     """Largest reply, which is what clients take by default."""
     drain_window_s: float = 5.0
@@ -98,7 +102,7 @@ class RpcServer:
         await self._health.begin()
         await server.start()
         self._server = server
-        self._following = asyncio.create_task(self._health.follow(self._engine.status_changes()))
+        self._following = asyncio.create_task(self._keep_following())
 
     async def stop(self) -> None:
         """Send callers away, let accepted work end, then close. The engine is drained and not yet stopped."""
@@ -129,6 +133,14 @@ class RpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         channelz.add_channelz_servicer(server)
         reflection.enable_server_reflection(_REFLECTED_SERVICES, server)
+
+    async def _keep_following(self) -> None:
+        """Tell readiness for as long as the server runs: a failure is logged, and then it is asked for anew."""
+        while True:
+            following = self._health.follow(self._engine.status_changes())
+            [failure] = await asyncio.gather(following, return_exceptions=True)
+            log.error("readiness is not known for now", exc_info=failure)
+            await asyncio.sleep(_FOLLOW_AGAIN_S)
 
     async def _end_following(self) -> None:
         assert self._following is not None

@@ -275,6 +275,13 @@ ANY_SPEC = st.fixed_dictionaries(
 )
 
 
+def test_the_case_of_a_request_id_does_not_count() -> None:
+    """Two spellings of one UUID are one id, and so one generation."""
+    upper, lower = "7D9C1F70-4C1E-4B5C-9D5F-0A1B2C3D4E5F", "7d9c1f70-4c1e-4b5c-9d5f-0a1b2c3d4e5f"
+    asked = [GenerateRequest(spec=pb.GenerationSpec(prompt="x"), request_id=spelled) for spelled in (upper, lower)]
+    assert [to_domain(message, CARD) for message in asked] == [GenerationRequest(prompt="x", request_id=lower)] * 2
+
+
 @given(ANY_SPEC, st.fixed_dictionaries({}, optional={"detach_grace": DURATIONS}), st.text(max_size=40))
 def test_no_message_breaks_the_conversion(spec: dict[str, Any], detach: dict[str, Any], request_id: str) -> None:
     """Whatever a message says is converted and judged, or refused with a sentence; nothing else can happen."""

@@ -10,7 +10,8 @@ from structlog.testing import capture_logs
 
 from tests.fakes import FakeEngine
 from wan_grpc.domain.events import Heartbeat
-from wan_grpc.rpc.server import RpcServer, ServerOptions, _channel_options, build_server
+from wan_grpc.rpc.health import Health
+from wan_grpc.rpc.server import MIB, RpcServer, ServerOptions, _channel_options, build_server
 from wan_grpc.v1 import generation_pb2 as pb
 from wan_grpc.v1 import video_generation_service_pb2 as api
 from wan_grpc.v1.video_generation_service_pb2_grpc import VideoGenerationServiceStub
@@ -57,14 +58,19 @@ async def test_health_watch_follows_the_engine(engine: FakeEngine, channel: grpc
     watch.cancel()
 
 
-async def test_readiness_that_is_lost_is_not_served() -> None:
-    """When the engine can no longer say whether it is ready, nobody is sent here, and the log says why."""
+async def test_readiness_that_is_lost_is_asked_for_again() -> None:
+    """When the engine cannot say whether it is ready, nobody is sent here, the log says why, and it is asked anew."""
 
     class LostEngine(FakeEngine):
+        num_asked = 0
+
         async def status_changes(self) -> AsyncGenerator[bool, None]:
+            self.num_asked += 1
             yield True
-            await self._until(lambda: self.ready)
-            raise RuntimeError("lost")
+            if self.num_asked == 1:
+                await self._until(lambda: self.ready)
+                raise RuntimeError("lost")
+            await self._until(lambda: not self.ready)
 
     engine = LostEngine()
     server = build_server(engine, ServerOptions(drain_window_s=0.0, stop_grace_s=0.1))  # type: ignore[arg-type]
@@ -76,10 +82,44 @@ async def test_readiness_that_is_lost_is_not_served() -> None:
             told.append((await watch.read()).status)
         with capture_logs() as logs:
             engine.set_ready(True)
-            told.append((await watch.read()).status)
+            async with asyncio.timeout(10):
+                told += [(await watch.read()).status, (await watch.read()).status]
         await server.stop()
-    assert told[-2:] == [SERVING, NOT_SERVING]
-    assert [line["event"] for line in logs] == ["readiness is not known any more"]
+    assert told[-3:] == [SERVING, NOT_SERVING, SERVING]
+    assert [(line["event"], str(line["exc_info"])) for line in logs] == [("readiness is not known for now", "lost")]
+
+
+async def test_leaving_is_not_overtaken() -> None:
+    """A SERVING that is half told when the server begins to leave is not heard after its NOT_SERVING."""
+    half_told, may_go_on, fully_told = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    class HeldHealth(Health):
+        async def set(self, service: str, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+            is_last = (service, status) == ("second", SERVING)
+            if is_last:
+                half_told.set()
+                await may_go_on.wait()
+            await super().set(service, status)
+            if is_last:
+                fully_told.set()
+
+    async def changes() -> AsyncGenerator[bool, None]:
+        yield True
+        await asyncio.Event().wait()
+
+    health = HeldHealth(["first", "second"])
+    await health.begin()
+    following = asyncio.create_task(health.follow(changes()))
+    await half_told.wait()
+    leaving = asyncio.create_task(health.leave())
+    await asyncio.sleep(0)  # it goes as far as it can
+    may_go_on.set()
+    await fully_told.wait()
+    await leaving
+    asked = [health_pb2.HealthCheckRequest(service=service) for service in ("first", "second")]
+    assert [(await health.Check(request, None)).status for request in asked] == [NOT_SERVING] * 2  # type: ignore[arg-type]
+    following.cancel()
+    await asyncio.wait({following})
 
 
 # ---- what tools ask -------------------------------------------------------------------------------------------------
@@ -156,6 +196,15 @@ async def test_requests_beyond_the_limit_are_refused() -> None:
             )
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     await server.stop()
+
+
+async def test_a_request_is_no_larger_than_texts_need(stub: VideoGenerationServiceStub) -> None:
+    """By default a request beyond 1 MiB is refused without being held; the longest texts arrive."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.CreateGeneration(api.CreateGenerationRequest(spec=pb.GenerationSpec(image=bytes(MIB))))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    longest = pb.GenerationSpec(prompt="x" * 16384, negative_prompt="x" * 16384)
+    assert (await stub.CreateGeneration(api.CreateGenerationRequest(spec=longest))).generation.name
 
 
 async def connections(channel: grpc.aio.Channel) -> set[int]:
