@@ -61,10 +61,7 @@ class AsyncClient:
             ValueError: naming an option that cannot be sent.
             OSError: `output` cannot be written.
         """
-        request = generate_request(prompt, options)
-        following = Following(Sink(output), self._patience)
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
-        return AsyncGeneration(self, following, call, request_id=request.request_id, timeout_s=timeout_s)
+        return self.begin(generate_request(prompt, options), Sink(output), timeout_s)
 
     def watch(self, name: str, *, output: Output = None, timeout_s: float | None = None) -> "AsyncGeneration":
         """Watch a generation from its first event and byte on. Leaving it only detaches."""
@@ -132,6 +129,12 @@ class AsyncClient:
     def attach(self, following: Following, timeout_s: float | None) -> Any:
         """A call that brings what has not arrived yet."""
         return self._stub.WatchGeneration(following.next_request(), timeout=timeout_s, metadata=self._metadata)
+
+    def begin(self, request: pb.GenerateRequest, sink: Sink, timeout_s: float | None) -> "AsyncGeneration":
+        """A generation whose request and output are known to be good."""
+        following = Following(sink, self._patience)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        return AsyncGeneration(self, following, call, request_id=request.request_id, timeout_s=timeout_s)
 
     async def _fetch(self, fetching: Fetching, timeout_s: float | None) -> Reattaching | Download:
         try:
@@ -292,8 +295,9 @@ def generate_async(
     **options: Unpack[Options],
 ) -> AsyncGeneration:
     """Make a video in one call: `AsyncClient.generate` with a client of its own."""
+    request, sink = generate_request(prompt, options), Sink(output)  # before the channel, which takes an await to close
     client = AsyncClient(target, credentials=credentials, metadata=metadata)
-    generation = client.generate(prompt, output=output, timeout_s=timeout_s, **options)
+    generation = client.begin(request, sink, timeout_s)
     generation.closes_client = True
     return generation
 

@@ -3,7 +3,7 @@
 from typing import Final
 
 KEEPALIVE_S: Final = 30
-"""Above the least ping interval that servers allow (5 s unless configured), below what proxies take for idle (60 s)."""
+"""Above the least interval of pings that servers allow (10 s by default), below what proxies take for idle (60 s)."""
 _TIMEOUT_S: Final = 20
 
 CHANNEL_OPTIONS: Final = (

@@ -89,7 +89,12 @@ class Retries:
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
         self._num_failed = 0
+        self._is_answered = False
         self._began = time.monotonic()
+
+    def answered(self) -> None:
+        """The server itself has spoken in this attempt, if only in a heartbeat."""
+        self._is_answered = True
 
     def brought_something(self) -> None:
         self._num_failed = 0
@@ -100,13 +105,14 @@ class Retries:
         Raises:
             WanGrpcError: `error` itself, when it is no cut or patience has come to its end.
         """
-        if time.monotonic() - self._began >= _LONG_LIVED_S:
+        if self._is_answered and time.monotonic() - self._began >= _LONG_LIVED_S:
             self._num_failed = 0  # a proxy that ends every stream after its own time is no reason to give up
         if not _is_cut(error) or self._num_failed >= self._patience.max_attempts:
             raise error
         delay_s = min(self._patience.first_delay_s * 2**self._num_failed, self._patience.longest_delay_s)
         delay_s = max(delay_s * random.uniform(0.8, 1.2), error.retry_after_s or 0.0)
         self._num_failed += 1
+        self._is_answered = False
         self._began = time.monotonic() + delay_s
         return Reattaching(attempt=self._num_failed, delay_s=delay_s, message=error.message)
 
@@ -131,6 +137,7 @@ class Following:
         Raises:
             CorruptVideoError: a chunk, or the whole, is not what was sent.
         """
+        self._retries.answered()
         self.name = message.generation or self.name
         match message.WhichOneof("event"):
             case None | "heartbeat":
@@ -162,6 +169,8 @@ class Following:
         """
         if self.video is not None:
             return None
+        if name is not None:
+            self._retries.answered()
         self.name = self.name or name
         if error is None:
             error = ServerError(grpc.StatusCode.UNAVAILABLE, "the stream ended before the video was complete")
@@ -209,6 +218,7 @@ class Fetching:
 
     def take(self, message: service_pb.DownloadVideoResponse) -> None:
         """Raises: CorruptVideoError: a chunk is not what was sent."""
+        self._retries.answered()
         if message.HasField("chunk"):
             self._sink.take(message.chunk.offset, message.chunk.data, message.chunk.crc32c)
             self._retries.brought_something()

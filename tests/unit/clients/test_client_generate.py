@@ -651,3 +651,20 @@ def test_what_cannot_be_sent_is_named(options: dict[str, Any], kind: type[Except
     with Client("127.0.0.1:1") as client, pytest.raises(kind) as caught:
         client.generate("a cat", **options)
     assert str(caught.value).startswith(message)
+
+
+async def test_what_cannot_be_begun_leaves_no_channel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A refused option or output is told before there is a channel, for nobody would be left to close it."""
+    opened: list[str] = []
+    connect = grpc.aio.insecure_channel
+
+    def count(address: str, **options: Any) -> grpc.aio.Channel:
+        opened.append(address)
+        return connect(address, **options)
+
+    monkeypatch.setattr(grpc.aio, "insecure_channel", count)
+    with pytest.raises(ValueError, match="width"):
+        generate_async("127.0.0.1:1", "a cat", width=2**40)
+    with pytest.raises(OSError, match="nowhere"):
+        generate_async("127.0.0.1:1", "a cat", output=tmp_path / "nowhere" / "x.mp4")
+    assert opened == []
