@@ -130,6 +130,20 @@ def test_generated_code_runs_on_the_oldest_supported_releases() -> None:
     assert (asked_grpcio, asked_protobuf) == ({grpcio[1]}, {protobuf[1]})
 
 
+def test_no_retry_is_promised_for_a_full_disk(tmp_path: Path) -> None:
+    """Trying again does not make room: only the methods that meet the disk name it, and they send to the operator."""
+    advice = {
+        name: " ".join(comment.partition("STORAGE_FAILED)")[2].split())[: len(", ask the operator.")]
+        for name, comment in method_comments(tmp_path).items()
+        if "STORAGE_FAILED" in comment
+    }
+    assert advice == {
+        "Generate": ", ask the operator.",
+        "WatchGeneration": ", ask the operator.",
+        "DownloadVideo": "; ask the operator.",
+    }
+
+
 def test_every_method_lists_its_statuses(tmp_path: Path) -> None:
     """Each method's comment names the statuses it can end in, and what to do about each."""
     endings = {

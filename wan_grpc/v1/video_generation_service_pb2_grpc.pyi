@@ -56,8 +56,8 @@ class VideoGenerationServiceStub:
     OK: after `completed`; every byte was sent.
     INVALID_ARGUMENT: fields break rules; correct all that BadRequest names.
     ALREADY_EXISTS: request_id was used with another request; use a new one.
-    RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), device memory did not suffice (OUT_OF_MEMORY) or the disk is
-    full (STORAGE_FAILED); try again after RetryInfo, if that is absent ask for a smaller video.
+    RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), try again after RetryInfo; device memory did not suffice
+    (OUT_OF_MEMORY), ask for a smaller video; or the disk is full or faulty (STORAGE_FAILED), ask the operator.
     UNIMPLEMENTED: this server does not serve a field that is set; leave it out, or ask GetModel.
     CANCELLED: the generation was cancelled by a caller (CANCELLED_BY_CALLER) or after nobody had watched it for its
     grace period (ABANDONED); send the request again if it is still wanted.
@@ -75,7 +75,7 @@ class VideoGenerationServiceStub:
     OK: it is accepted; follow it by WatchGeneration or GetGeneration.
     INVALID_ARGUMENT: fields break rules; correct all that BadRequest names.
     ALREADY_EXISTS: request_id was used with another request; use a new one.
-    RESOURCE_EXHAUSTED: the queue (QUEUE_FULL) or the disk (STORAGE_FAILED) is full; try again after RetryInfo.
+    RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL); try again after RetryInfo.
     UNIMPLEMENTED: this server does not serve a field that is set; leave it out, or ask GetModel.
     DEADLINE_EXCEEDED: the call's deadline passed, it may be accepted; send the same request_id again to find out.
     CANCELLED: the caller gave up, it may be accepted; send the same request_id again to find out.
@@ -90,8 +90,8 @@ class VideoGenerationServiceStub:
     INVALID_ARGUMENT: the name is no generation's name or a number is negative; correct what BadRequest names.
     NOT_FOUND: there is no such generation, or it has expired; make it anew.
     OUT_OF_RANGE: from_offset lies past the end of the video; correct it.
-    RESOURCE_EXHAUSTED: the generation ended so (OUT_OF_MEMORY, STORAGE_FAILED); make it anew after RetryInfo, if that
-    is absent ask for a smaller video.
+    RESOURCE_EXHAUSTED: device memory did not suffice (OUT_OF_MEMORY), ask for a smaller video; or the disk is full or
+    faulty (STORAGE_FAILED), ask the operator.
     CANCELLED: the generation was cancelled (CANCELLED_BY_CALLER, ABANDONED), or the caller left the stream.
     DEADLINE_EXCEEDED: the call's deadline passed, watch again from the last sequence; or the generation's own bound
     did (MAX_DURATION_EXCEEDED, DEADLINE_EXCEEDED with `generation_state`), make it anew with more time.
@@ -156,7 +156,7 @@ class VideoGenerationServiceStub:
     NOT_FOUND: there is no such generation, or it has expired; make it anew.
     FAILED_PRECONDITION: it has not SUCCEEDED; wait for its end by WatchGeneration.
     OUT_OF_RANGE: offset lies past the end of the video; correct it. At the end itself nothing is sent.
-    RESOURCE_EXHAUSTED: the stored bytes cannot be read (STORAGE_FAILED); try again after RetryInfo.
+    RESOURCE_EXHAUSTED: the stored bytes cannot be read (STORAGE_FAILED); ask the operator.
     DEADLINE_EXCEEDED: the call's deadline passed; go on from the last byte.
     CANCELLED: the caller left the stream.
     UNAVAILABLE: the server is stopping or cannot be reached; go on from the last byte.
@@ -201,8 +201,8 @@ class VideoGenerationServiceAsyncStub(VideoGenerationServiceStub):
     OK: after `completed`; every byte was sent.
     INVALID_ARGUMENT: fields break rules; correct all that BadRequest names.
     ALREADY_EXISTS: request_id was used with another request; use a new one.
-    RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), device memory did not suffice (OUT_OF_MEMORY) or the disk is
-    full (STORAGE_FAILED); try again after RetryInfo, if that is absent ask for a smaller video.
+    RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), try again after RetryInfo; device memory did not suffice
+    (OUT_OF_MEMORY), ask for a smaller video; or the disk is full or faulty (STORAGE_FAILED), ask the operator.
     UNIMPLEMENTED: this server does not serve a field that is set; leave it out, or ask GetModel.
     CANCELLED: the generation was cancelled by a caller (CANCELLED_BY_CALLER) or after nobody had watched it for its
     grace period (ABANDONED); send the request again if it is still wanted.
@@ -220,7 +220,7 @@ class VideoGenerationServiceAsyncStub(VideoGenerationServiceStub):
     OK: it is accepted; follow it by WatchGeneration or GetGeneration.
     INVALID_ARGUMENT: fields break rules; correct all that BadRequest names.
     ALREADY_EXISTS: request_id was used with another request; use a new one.
-    RESOURCE_EXHAUSTED: the queue (QUEUE_FULL) or the disk (STORAGE_FAILED) is full; try again after RetryInfo.
+    RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL); try again after RetryInfo.
     UNIMPLEMENTED: this server does not serve a field that is set; leave it out, or ask GetModel.
     DEADLINE_EXCEEDED: the call's deadline passed, it may be accepted; send the same request_id again to find out.
     CANCELLED: the caller gave up, it may be accepted; send the same request_id again to find out.
@@ -235,8 +235,8 @@ class VideoGenerationServiceAsyncStub(VideoGenerationServiceStub):
     INVALID_ARGUMENT: the name is no generation's name or a number is negative; correct what BadRequest names.
     NOT_FOUND: there is no such generation, or it has expired; make it anew.
     OUT_OF_RANGE: from_offset lies past the end of the video; correct it.
-    RESOURCE_EXHAUSTED: the generation ended so (OUT_OF_MEMORY, STORAGE_FAILED); make it anew after RetryInfo, if that
-    is absent ask for a smaller video.
+    RESOURCE_EXHAUSTED: device memory did not suffice (OUT_OF_MEMORY), ask for a smaller video; or the disk is full or
+    faulty (STORAGE_FAILED), ask the operator.
     CANCELLED: the generation was cancelled (CANCELLED_BY_CALLER, ABANDONED), or the caller left the stream.
     DEADLINE_EXCEEDED: the call's deadline passed, watch again from the last sequence; or the generation's own bound
     did (MAX_DURATION_EXCEEDED, DEADLINE_EXCEEDED with `generation_state`), make it anew with more time.
@@ -301,7 +301,7 @@ class VideoGenerationServiceAsyncStub(VideoGenerationServiceStub):
     NOT_FOUND: there is no such generation, or it has expired; make it anew.
     FAILED_PRECONDITION: it has not SUCCEEDED; wait for its end by WatchGeneration.
     OUT_OF_RANGE: offset lies past the end of the video; correct it. At the end itself nothing is sent.
-    RESOURCE_EXHAUSTED: the stored bytes cannot be read (STORAGE_FAILED); try again after RetryInfo.
+    RESOURCE_EXHAUSTED: the stored bytes cannot be read (STORAGE_FAILED); ask the operator.
     DEADLINE_EXCEEDED: the call's deadline passed; go on from the last byte.
     CANCELLED: the caller left the stream.
     UNAVAILABLE: the server is stopping or cannot be reached; go on from the last byte.
@@ -349,8 +349,8 @@ class VideoGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         OK: after `completed`; every byte was sent.
         INVALID_ARGUMENT: fields break rules; correct all that BadRequest names.
         ALREADY_EXISTS: request_id was used with another request; use a new one.
-        RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), device memory did not suffice (OUT_OF_MEMORY) or the disk is
-        full (STORAGE_FAILED); try again after RetryInfo, if that is absent ask for a smaller video.
+        RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), try again after RetryInfo; device memory did not suffice
+        (OUT_OF_MEMORY), ask for a smaller video; or the disk is full or faulty (STORAGE_FAILED), ask the operator.
         UNIMPLEMENTED: this server does not serve a field that is set; leave it out, or ask GetModel.
         CANCELLED: the generation was cancelled by a caller (CANCELLED_BY_CALLER) or after nobody had watched it for its
         grace period (ABANDONED); send the request again if it is still wanted.
@@ -374,7 +374,7 @@ class VideoGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         OK: it is accepted; follow it by WatchGeneration or GetGeneration.
         INVALID_ARGUMENT: fields break rules; correct all that BadRequest names.
         ALREADY_EXISTS: request_id was used with another request; use a new one.
-        RESOURCE_EXHAUSTED: the queue (QUEUE_FULL) or the disk (STORAGE_FAILED) is full; try again after RetryInfo.
+        RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL); try again after RetryInfo.
         UNIMPLEMENTED: this server does not serve a field that is set; leave it out, or ask GetModel.
         DEADLINE_EXCEEDED: the call's deadline passed, it may be accepted; send the same request_id again to find out.
         CANCELLED: the caller gave up, it may be accepted; send the same request_id again to find out.
@@ -395,8 +395,8 @@ class VideoGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT: the name is no generation's name or a number is negative; correct what BadRequest names.
         NOT_FOUND: there is no such generation, or it has expired; make it anew.
         OUT_OF_RANGE: from_offset lies past the end of the video; correct it.
-        RESOURCE_EXHAUSTED: the generation ended so (OUT_OF_MEMORY, STORAGE_FAILED); make it anew after RetryInfo, if that
-        is absent ask for a smaller video.
+        RESOURCE_EXHAUSTED: device memory did not suffice (OUT_OF_MEMORY), ask for a smaller video; or the disk is full or
+        faulty (STORAGE_FAILED), ask the operator.
         CANCELLED: the generation was cancelled (CANCELLED_BY_CALLER, ABANDONED), or the caller left the stream.
         DEADLINE_EXCEEDED: the call's deadline passed, watch again from the last sequence; or the generation's own bound
         did (MAX_DURATION_EXCEEDED, DEADLINE_EXCEEDED with `generation_state`), make it anew with more time.
@@ -491,7 +491,7 @@ class VideoGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND: there is no such generation, or it has expired; make it anew.
         FAILED_PRECONDITION: it has not SUCCEEDED; wait for its end by WatchGeneration.
         OUT_OF_RANGE: offset lies past the end of the video; correct it. At the end itself nothing is sent.
-        RESOURCE_EXHAUSTED: the stored bytes cannot be read (STORAGE_FAILED); try again after RetryInfo.
+        RESOURCE_EXHAUSTED: the stored bytes cannot be read (STORAGE_FAILED); ask the operator.
         DEADLINE_EXCEEDED: the call's deadline passed; go on from the last byte.
         CANCELLED: the caller left the stream.
         UNAVAILABLE: the server is stopping or cannot be reached; go on from the last byte.
