@@ -62,7 +62,7 @@ def prepare_forkserver() -> None:
 
     It imports torch, diffusers and transformers once, and leaves CUDA alone, so that each rank starts in a moment.
     """
-    multiprocessing.set_forkserver_preload(["wan_grpc.engine.worker"])
+    multiprocessing.set_forkserver_preload(["wan_grpc.engine.preloaded"])
     # Some library asks torch at import whether there is a GPU. Answered by the CUDA runtime, that would bar every fork
     # from CUDA for good; answered by NVML it touches nothing.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -115,6 +115,7 @@ class RankGroup:
         self._pipes: list[connection.Connection] = []
         self._lifelines: list[connection.Connection] = []
         self._sending = threading.Lock()
+        self._starting = threading.Lock()
         self._reader = threading.Thread(target=self._read, name="rank-reader", daemon=True)
         self._take_frame: TakeFrame | None = None
         self._frame_bytes = 0
@@ -124,6 +125,11 @@ class RankGroup:
 
     def start(self) -> None:
         """Start every rank. Blocks for the forks, not for the loading of the model."""
+        with self._starting:
+            if not self._stopping:
+                self._start()
+
+    def _start(self) -> None:
         plan = self._plan
         size = FrameRing.size_bytes(slot_bytes=plan.max_frame_bytes, num_slots=plan.num_slots)
         fd = anonymous_file(size)
@@ -193,8 +199,15 @@ class RankGroup:
         self.kill()
 
     def kill(self) -> None:
-        """End every process at once and free all that the group held. Blocks until they are gone."""
+        """End every process at once and free all that the group held. Blocks until they are gone.
+
+        A start that is under way on another thread is waited for: what it forks would else outlive everybody.
+        """
         self._stopping = True
+        with self._starting:
+            self._end()
+
+    def _end(self) -> None:
         for process in self._processes:
             process.kill()
         for process in self._processes:

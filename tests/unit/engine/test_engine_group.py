@@ -1,6 +1,8 @@
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from multiprocessing import resource_sharer
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,6 +52,32 @@ def test_a_reader_that_cannot_go_on_reports_the_group_as_dead(tmp_path: Path, mo
     assert heard == [RanksDied(detail="what rank 0 said could not be read")]
     group.kill()
     theirs.close()
+
+
+def test_a_kill_waits_for_a_start_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a start forks while the group is being killed is killed too, and a later start forks nothing."""
+    group = RankGroup(plan(tmp_path), lambda _: None)
+    forking, go_on = threading.Event(), threading.Event()
+    process = context.Process(target=time.sleep, args=(60,), daemon=True)
+
+    def fork(_rank: int, _fd: int) -> None:
+        forking.set()
+        assert go_on.wait(10)
+        process.start()
+        group._processes.append(process)
+
+    monkeypatch.setattr(group, "_start_rank", fork)
+    starting = threading.Thread(target=group.start)
+    starting.start()
+    assert forking.wait(10)
+    killing = threading.Thread(target=group.kill)
+    killing.start()
+    go_on.set()
+    starting.join(10)
+    killing.join(10)
+    assert process.exitcode == -signal.SIGKILL
+    group.start()
+    assert group.pids == (process.pid,)
 
 
 def plan(directory: Path) -> GroupPlan:
