@@ -129,9 +129,7 @@ def take(run: dict[str, Any], event: pb.GenerationEvent, at_s: float) -> None:
 
 def print_table(result: dict[str, Any]) -> None:
     print(", ".join(result[key] for key in ("device", "dtype", "attention", "video")), f"ready in {result['load_s']} s")
-    print(
-        f"{'run':>3} {'steps, s':>18} {'decode, s':>10} {'first chunk, s into decode':>27} {'total, s':>9}  peak GiB"
-    )
+    print(f"{'run':>3} {'steps, s':>18} {'decode, s':>10} {'first chunk, s into decode':>27} {'total, s':>9}  peak GiB")
     for index, run in enumerate(result["runs"]):
         steps = " / ".join(f"{step['step_s']:.3f}" for step in run["steps"])
         first_s = run["first_chunk_s"] - run["decode_began_s"]

@@ -33,7 +33,7 @@ def used_bytes(live: LiveServer) -> float:
 
 
 def test_cancel_frees_the_gpu_at_the_next_step(live: LiveServer) -> None:
-    """A cancel in the middle of a long step ends it after that step and gives its memory back; the next one is right."""
+    """A cancel in the middle of a long step ends it after that step; its memory comes back, the next one is right."""
     reference = live.make(small()).completed.sha256
     before, ranks = used_bytes(live), live.rank_pids()
     stream = live.generate(spec(width=832, height=480, num_frames=81, num_inference_steps=40))
