@@ -3,10 +3,8 @@
 The only module of the engine that touches torch. Knows the pipeline and the mesh; does not know the server's loop.
 """
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 from contextlib import closing
 from multiprocessing.connection import Connection
@@ -17,6 +15,7 @@ import torch
 from wan_grpc.domain.errors import Failure, Reason, UnusableModelError
 from wan_grpc.domain.events import Progress
 from wan_grpc.engine import messages
+from wan_grpc.engine.lifeline import end_with_parent
 from wan_grpc.engine.messages import (
     Cancel,
     FrameReady,
@@ -49,8 +48,6 @@ _FAILURES = {
         message="the device ran out of memory for this video; ask for fewer frames or a smaller size",
     ),
 }
-
-_PR_SET_PDEATHSIG = 1
 
 
 class LeaveRun(Exception):
@@ -89,9 +86,7 @@ def _die_with_the_server(lifeline: Connection) -> None:
         signal.signal(
             number, signal.SIG_IGN
         )  # a rank is told to stop by message; Ctrl-C reaches the whole process group
-    if sys.platform == "linux":
-        # The forkserver dies with the server, and the kernel then kills its children without asking Python.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()  # the forkserver, which itself ends with the server
     threading.Thread(target=_wait_for_end, args=(lifeline,), name="lifeline", daemon=True).start()
 
 
