@@ -68,13 +68,7 @@ def prepare_forkserver() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # CPU threads that wait for each other shall sleep: on shared cores, spinning was seen to take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Whoever ends a service may send SIGTERM to each of its processes. This one is born deaf to it, for the ranks die
-    # with it, and they are to finish what the server still drains.
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    forkserver.ensure_running()
 
 
 def run_rank(config: bytes, pipe: connection.Connection, lifeline: connection.Connection, ring_fd: int) -> None:
