@@ -149,7 +149,7 @@ class Bench:
     async def heard(self) -> None:
         """Return when the engine has taken in all that the ranks have said."""
         run = self.executor.running
-        await eventually(lambda: run is None or run.messages.empty(), "what the ranks said is heard")
+        await eventually(lambda: run is None or not run.num_unheard, "what the ranks said is heard")
 
     async def ended(self, name: str) -> None:
         await eventually(lambda: self.engine.get(name).state.is_final, f"the end of {name}")

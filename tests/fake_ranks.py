@@ -76,6 +76,8 @@ class FakeRun:
         self.is_cancelled = False
         self.messages: asyncio.Queue[StepDone | RunEnded | ServiceError] = asyncio.Queue()
         self.has_ended = False
+        self.num_unheard = 0
+        """Steps that the engine has not dealt with yet."""
         self._take_frame = take_frame
         self._steps = steps_of(video)
         self._num_frames = 0
@@ -127,6 +129,7 @@ class FakeRun:
 
     def _say(self, progress: Progress) -> None:
         self.messages.put_nowait(StepDone(progress=progress))
+        self.num_unheard += 1
         if progress.stage is Stage.DECODE and progress.step:
             for _ in range(1 if progress.step == 1 else 4):
                 self._take_frame(memoryview(frame(self.video, self._num_frames)))
@@ -209,6 +212,7 @@ class FakeExecutor:
                 if isinstance(message, ServiceError):
                     raise message
                 yield message
+                run.num_unheard -= 1  # whoever asks for the next message is done with this one
         finally:
             self.running = None
         self.memory = message.memory

@@ -227,7 +227,7 @@ class Schedule:
         ]
         is_beginning = run is None and executor.is_ready and len(self.bench.engine._queue)
         has_encoded = not self.gate.is_set() or not (behind or is_beginning)
-        return has_encoded and (run is None or run.messages.empty())
+        return has_encoded and (run is None or not (run.num_unheard or run.has_ended))
 
 
 def check_log(job: GenerationLog) -> None:

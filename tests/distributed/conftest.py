@@ -1,0 +1,40 @@
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.distributed.live import Live, live_ranks
+from wan_grpc.engine.group import prepare_forkserver
+from wan_grpc.pipeline.tiny import ensure_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded checkpoint, made in a process of its own."""
+    return ensure_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forkserver() -> None:
+    prepare_forkserver()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def single(tiny: Path) -> AsyncIterator[Live]:
+    """One rank. Shared: whoever kills it leaves a ready one."""
+    async with live_ranks(tiny) as live:
+        yield live
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def pair(tiny: Path) -> AsyncIterator[Live]:
+    """Two ranks. Shared: whoever kills one leaves a ready group."""
+    async with live_ranks(tiny, copies=2) as live:
+        yield live
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def reference(single: Live) -> bytes:
+    """The small video, as one rank computes it that nothing has happened to."""
+    return await single.make()
