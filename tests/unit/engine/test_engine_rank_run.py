@@ -298,12 +298,14 @@ def test_an_error_outranks_a_cancel(server: Server) -> None:
 
 
 @pytest.mark.parametrize("lost_at", [0, 3, len(STEPS)])
-def test_lost_peers_end_the_rank_and_not_the_run(server: Server, lost_at: int) -> None:
-    """A rank whose peers are gone does not try to agree on it: the error leaves the run as it is."""
+def test_lost_peers_end_the_rank_and_not_the_run(
+    server: Server, logs: list[MutableMapping[str, Any]], lost_at: int
+) -> None:
+    """A rank whose peers are gone does not try to agree on it, nor takes it for a bug: the error leaves the run."""
     pipeline = ScriptedPipeline()
     with running(server, pipeline, lost_at=lost_at) as (futures, seats), pytest.raises(PeersLostError):
         futures[0].result(10.0)
-    assert (len(seats[0].words), pipeline.is_closed) == (lost_at, True)
+    assert (len(seats[0].words), pipeline.is_closed, logs) == (lost_at, True, [])
 
 
 # ---- the ring -------------------------------------------------------------------------------------------------------
