@@ -325,7 +325,11 @@ class LiveServer:
 
     def ranks(self) -> list[psutil.Process]:
         """The rank processes, from rank 0 on: the children of the forkserver."""
-        found = [child for child in self._ps.children(recursive=True) if child.ppid() != self.process.pid]
+        found = []
+        for child in self._ps.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # gone since it was listed
+                if child.ppid() != self.process.pid:
+                    found.append(child)
         return sorted(found, key=lambda process: process.create_time())
 
     def rank_pids(self) -> list[int]:
