@@ -1,4 +1,5 @@
 from collections.abc import AsyncIterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _forkserver() -> None:
+    """One that has imported what ranks need; a test of another folder may have started one that has not."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # what CPython's own tests use
     prepare_forkserver()
 
 
