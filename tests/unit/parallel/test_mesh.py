@@ -31,6 +31,7 @@ try:
     mesh.agree(0)
 except PeersLostError as error:
     print(json.dumps(str(error)), flush=True)
+    os._exit(0)  # as a process of the forkserver ends: gloo's threads are not taken down one by one
 """
 
 
@@ -77,5 +78,5 @@ def test_lost_peers_are_told_apart(ranks: list[tuple[int, list[Any]]]) -> None:
     """When a peer is killed, a collective does not hang: the others learn that the group is gone, and go on living."""
     assert ranks[2][0] == -signal.SIGKILL
     for code, lines in ranks[:2]:
-        assert code == 0
+        assert (code, len(lines)) == (0, 3), lines
         assert isinstance(lines[2], str)
