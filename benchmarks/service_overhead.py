@@ -23,10 +23,11 @@ import grpc
 from wan_grpc.app import composed_engine
 from wan_grpc.config import ServeSettings
 from wan_grpc.domain.events import Completed, Progress, Stage
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.observations import Observation
 from wan_grpc.domain.request import GenerationRequest, VideoRequest
 from wan_grpc.domain.topology import Topology
-from wan_grpc.domain.variants import T2V_A14B, Expert, Limits, ModelCard, OutputFormat, Task
+from wan_grpc.domain.variants import T2V_A14B, Expert, Limits, ModelCard, Task
 from wan_grpc.engine.bell import Bell
 from wan_grpc.engine.engine import Engine, EngineOptions
 from wan_grpc.engine.group import GroupPlan, TakeFrame
@@ -124,7 +125,7 @@ async def stand_in_figures() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         spool = Spool(Path(directory))
         ranks: Any = StandInRanks(spool.directory)
-        engine = Engine(CARD, ranks, spool, options=EngineOptions(), observe=ignore)
+        engine = Engine(CARD, ranks, spool, options=EngineOptions(), observe=ignore, count_tokens=len)
         await engine.start()
         async with served(engine) as stub:
             events = await events_a_second(stub)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from wan_grpc.domain.errors import Failure, Reason, ServiceError, UnusableModelError
 from wan_grpc.domain.events import Progress, Stage
+from wan_grpc.domain.formats import OutputFormat
+from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.request import GenerationRequest, VideoRequest
 from wan_grpc.domain.topology import Topology
-from wan_grpc.domain.variants import Defaults, Expert, Limits, ModelCard, OutputFormat, Task
+from wan_grpc.domain.variants import Defaults, Expert, Limits, ModelCard, Task
 from wan_grpc.engine.bell import Bell, rang
 from wan_grpc.engine.group import GroupPlan
 from wan_grpc.engine.messages import MemoryUse, Ready, RunEnded, StepDone
@@ -70,9 +72,12 @@ def steps_of(video: VideoRequest) -> Iterator[Progress]:
 class FakeRun:
     """One generation on the fake ranks, which a test moves on."""
 
-    def __init__(self, generation: str, video: VideoRequest, take_frame: Callable[[memoryview], None]) -> None:
+    def __init__(
+        self, generation: str, video: VideoRequest, frames: InputFrames, take_frame: Callable[[memoryview], None]
+    ) -> None:
         self.generation = generation
         self.video = video
+        self.frames = frames
         self.is_cancelled = False
         self.messages: asyncio.Queue[StepDone | RunEnded | ServiceError] = asyncio.Queue()
         self.has_ended = False
@@ -200,11 +205,11 @@ class FakeExecutor:
             await rang(self.changed.ticket(), None)
 
     async def run(
-        self, generation: str, video: VideoRequest, take_frame: Callable[[memoryview], None]
+        self, generation: str, video: VideoRequest, frames: InputFrames, take_frame: Callable[[memoryview], None]
     ) -> AsyncGenerator[StepDone | RunEnded, None]:
         await self.wait_ready()
         assert self.running is None, "one generation at a time"
-        run = self.running = FakeRun(generation, video, take_frame)
+        run = self.running = FakeRun(generation, video, frames, take_frame)
         self.runs.append(run)
         self._begun.ring()
         try:

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from wan_grpc.domain.events import Progress
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import VideoRequest
-from wan_grpc.domain.variants import OutputFormat
 from wan_grpc.pipeline.tokenizer import END, PAD, UNKNOWN, byte_tokenizer
 
 VIDEO = VideoRequest(

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Final
 
 import structlog
@@ -19,14 +18,16 @@ import structlog
 from wan_grpc.config import OFF, GenerateSettings, RankSettings, ServeSettings
 from wan_grpc.domain.errors import ServiceError
 from wan_grpc.domain.events import Chunk, Completed, Event, Failed
+from wan_grpc.domain.formats import FORMATS
 from wan_grpc.domain.observations import Observation
 from wan_grpc.domain.request import GenerationRequest, VideoRequest
 from wan_grpc.domain.topology import Topology
-from wan_grpc.domain.variants import Limits, ModelCard, OutputFormat
+from wan_grpc.domain.variants import Limits, ModelCard
 from wan_grpc.engine.engine import Engine, EngineOptions
 from wan_grpc.engine.executor import Executor, RestartPolicy
 from wan_grpc.engine.group import GroupPlan, prepare_forkserver
 from wan_grpc.pipeline.checkpoint import Checkpoint, locate, read_card
+from wan_grpc.pipeline.prompt import token_counter
 from wan_grpc.pipeline.tiny import ensure_tiny_model
 from wan_grpc.rpc.server import RpcServer, ServerOptions, build_server
 from wan_grpc.store.artifacts import Spool
@@ -34,7 +35,6 @@ from wan_grpc.telemetry import logs
 from wan_grpc.telemetry.metrics import Metrics, MetricsServer
 
 EMBEDDED: Final = "embedded"
-FILE_SUFFIXES: Final = MappingProxyType({OutputFormat.MP4_H264: ".mp4", OutputFormat.RAW_RGB24: ".rgb"})
 _NAME_LENGTH: Final = 60
 Observe = Callable[[Observation], None]
 
@@ -108,7 +108,7 @@ async def composed_engine(
         executor = Executor(
             plan_ranks(settings, checkpoint, spool.directory), card, policy=_restart_policy(settings), observe=observe
         )
-        engine = Engine(card, executor, spool, options=options, observe=observe)
+        engine = Engine(card, executor, spool, options=options, observe=observe, count_tokens=token_counter(checkpoint))
         try:
             yield engine
         finally:
@@ -290,4 +290,4 @@ def _output_file(settings: GenerateSettings, video: VideoRequest) -> Iterator[Ou
 def _file_name(video: VideoRequest) -> str:
     """Words of the prompt and the seed, so that the name tells what is inside and can be made again."""
     words = re.sub(r"[^\w]+", "-", video.prompt).strip("-")[:_NAME_LENGTH].strip("-")
-    return f"{words or 'video'}-{video.seed}{FILE_SUFFIXES[video.output_format]}"
+    return f"{words or 'video'}-{video.seed}{FORMATS[video.output_format].suffix}"

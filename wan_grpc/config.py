@@ -22,7 +22,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from wan_grpc.domain.variants import OutputFormat
+from wan_grpc.domain.formats import OutputFormat
 
 ENV_PREFIX: Final = "WAN_GRPC_"
 OFF: Final = -1

@@ -13,15 +13,18 @@ import psutil
 
 from tests.bench import Watcher, eventually
 from wan_grpc.domain.events import Completed, Generation, Progress, Stage
+from wan_grpc.domain.formats import OutputFormat
+from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.observations import Observation
 from wan_grpc.domain.request import GenerationRequest, VideoRequest, resolve
 from wan_grpc.domain.topology import Topology
-from wan_grpc.domain.variants import Limits, OutputFormat
+from wan_grpc.domain.variants import Limits
 from wan_grpc.engine.engine import Engine, EngineOptions
 from wan_grpc.engine.executor import Executor, RestartPolicy
 from wan_grpc.engine.group import GroupPlan
 from wan_grpc.engine.messages import RunEnded, StepDone
 from wan_grpc.pipeline.checkpoint import locate, read_card
+from wan_grpc.pipeline.prompt import token_counter
 from wan_grpc.store.artifacts import Spool
 
 T = TypeVar("T")
@@ -118,7 +121,14 @@ async def live_ranks(
     card = read_card(planned.checkpoint, model_id="tiny", limits=_LIMITS)
     observed: list[Observation] = []
     executor = Executor(planned, card, policy=policy or RestartPolicy(), observe=observed.append)
-    engine = Engine(card, executor, spool, options=EngineOptions(), observe=observed.append)
+    engine = Engine(
+        card,
+        executor,
+        spool,
+        options=EngineOptions(),
+        observe=observed.append,
+        count_tokens=token_counter(planned.checkpoint),
+    )
     await engine.start()
     try:
         if wait:
@@ -151,11 +161,14 @@ def video(executor: Executor, **request: object) -> VideoRequest:
 
 
 async def run(
-    executor: Executor, video: VideoRequest, take_frame: Callable[[memoryview], None] = lambda _: None
+    executor: Executor,
+    video: VideoRequest,
+    take_frame: Callable[[memoryview], None] = lambda _: None,
+    frames: InputFrames = InputFrames(),
 ) -> tuple[list[Progress], RunEnded]:
     """Compute one video to its end."""
     steps: list[Progress] = []
-    async for message in executor.run("generations/bare", video, take_frame):
+    async for message in executor.run("generations/bare", video, frames, take_frame):
         if isinstance(message, StepDone):
             steps.append(message.progress)
     assert isinstance(message, RunEnded)

@@ -9,8 +9,8 @@ import pytest
 
 from tests.distributed.live import LONG, Live, bare_ranks, live_ranks, run, video
 from wan_grpc.domain.events import Completed, Progress, Stage
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.observations import GroupReady, RankChanged, RankMemorySampled
-from wan_grpc.domain.variants import OutputFormat
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from wan_grpc import config
 from wan_grpc.config import GenerateSettings, MakeTinyModelSettings, ServeSettings, Settings, UsageError, load
-from wan_grpc.domain.variants import OutputFormat
+from wan_grpc.domain.formats import OutputFormat
 
 
 def problems(settings: type[Settings], argv: list[str], environment: dict[str, str] | None = None) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from wan_grpc.domain.errors import Failure
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import VideoRequest
-from wan_grpc.domain.variants import Expert, OutputFormat
+from wan_grpc.domain.variants import Expert
 
 
 class State(StrEnum):
@@ -31,6 +32,7 @@ class Stage(StrEnum):
     """What is being done for a generation. Encoding overlaps decoding and ends after it."""
 
     TEXT = "text"
+    IMAGE = "image"
     DENOISE = "denoise"
     DECODE = "decode"
     ENCODE = "encode"

@@ -4,13 +4,16 @@ Knows the rules of each field. Does not know protobuf, and does no work.
 """
 
 import math
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from wan_grpc.domain.errors import InvalidRequestError, Violation
-from wan_grpc.domain.variants import ModelCard, OutputFormat
+from wan_grpc.domain.formats import FORMATS, Encoding, OutputFormat, encoding_violations, resolve_encoding
+from wan_grpc.domain.images import ImageFacts, ImageFit, size_of_same_aspect
+from wan_grpc.domain.variants import ModelCard
 
 UNLIMITED_S = math.inf
 MAX_SEED = 2**63 - 1
@@ -37,7 +40,13 @@ class GenerationRequest:
     flow_shift: float | None = None
     boundary_ratio: float | None = None
     seed: int | None = None
+    image: bytes | None = None
+    """The first image, as a file."""
+    last_image: bytes | None = None
+    image_fit: ImageFit | None = None
+    """None: the video has the aspect of its image, and at most as many pixels as `width` times `height`."""
     output_format: OutputFormat | None = None
+    encoding: Encoding = Encoding()
     request_id: str | None = None
     """UUID4; the same id and body attaches to the same generation."""
     max_duration_s: float | None = None
@@ -66,27 +75,80 @@ class VideoRequest:
     """Share of the training timesteps at and above which the high-noise expert works; None with one expert."""
     seed: int
     output_format: OutputFormat
+    encoding: Encoding = Encoding()
+    """Every value that applies to the format."""
+    image_sha256: str = ""
+    """Of the first image as received; empty for none."""
+    last_image_sha256: str = ""
+    image_fit: ImageFit | None = None
+    """How images were brought to the size of the video; None without images."""
 
     @property
     def frame_bytes(self) -> int:
         return self.width * self.height * 3
 
+    @property
+    def has_image(self) -> bool:
+        return bool(self.image_sha256 or self.last_image_sha256)
 
-def resolve(request: GenerationRequest, card: ModelCard, *, fallback_seed: int) -> VideoRequest:
-    """Fill every open value of `request` from `card`.
+
+def resolve(
+    request: GenerationRequest,
+    card: ModelCard,
+    *,
+    fallback_seed: int,
+    first: ImageFacts | None = None,
+    last: ImageFacts | None = None,
+    found: tuple[Violation, ...] = (),
+) -> VideoRequest:
+    """Fill every open value of `request` from `card` and from what its images turned out to be.
+
+    found: what is wrong with the images, to be told with the rest.
 
     Raises:
         InvalidRequestError: naming every field that breaks a rule, with the rule.
     """
+    asked_width = _either(request.width, card.defaults.width)
+    asked_height = _either(request.height, card.defaults.height)
+    width, height = asked_width, asked_height
+    if first is not None and request.image_fit is None and asked_width > 0 and asked_height > 0:
+        width, height = size_of_same_aspect(first, area=asked_width * asked_height, multiple=card.size_multiple)
+    video = _filled(request, card, width=width, height=height, fallback_seed=fallback_seed, first=first, last=last)
+    violations = (
+        *_text_violations(video, card),
+        *_size_violations(asked_width, asked_height, card),
+        *_length_violations(video, card),
+        *_number_violations(request, video, card),
+        *_image_violations(request, video, card, first=first, last=last),
+        *_format_violations(request, video, card),
+        *_job_violations(request),
+        *found,
+    )
+    if violations:
+        raise InvalidRequestError(violations)
+    return video
+
+
+def _filled(
+    request: GenerationRequest,
+    card: ModelCard,
+    *,
+    width: int,
+    height: int,
+    fallback_seed: int,
+    first: ImageFacts | None,
+    last: ImageFacts | None,
+) -> VideoRequest:
     defaults = card.defaults
     guidance = _either(request.guidance_scale, defaults.guidance_scale)
     second_default = defaults.guidance_scale_2 if request.guidance_scale is None else guidance
-    video = VideoRequest(
+    output_format = _either(request.output_format, OutputFormat.MP4_H264)
+    return VideoRequest(
         prompt=request.prompt,
         negative_prompt=_either(request.negative_prompt, defaults.negative_prompt),
-        width=_either(request.width, defaults.width),
-        height=_either(request.height, defaults.height),
-        num_frames=_either(request.num_frames, defaults.num_frames),
+        width=width,
+        height=height,
+        num_frames=_either(request.num_frames, 1 if FORMATS[output_format].is_picture else defaults.num_frames),
         fps=_either(request.fps, defaults.fps),
         num_inference_steps=_either(request.num_inference_steps, defaults.num_inference_steps),
         guidance_scale=guidance,
@@ -94,17 +156,12 @@ def resolve(request: GenerationRequest, card: ModelCard, *, fallback_seed: int) 
         flow_shift=_either(request.flow_shift, defaults.flow_shift),
         boundary_ratio=_either(request.boundary_ratio, defaults.boundary_ratio),
         seed=_either(request.seed, fallback_seed),
-        output_format=_either(request.output_format, OutputFormat.MP4_H264),
+        output_format=output_format,
+        encoding=resolve_encoding(request.encoding, output_format),
+        image_sha256=first.sha256 if first else "",
+        last_image_sha256=last.sha256 if last else "",
+        image_fit=_either(request.image_fit, ImageFit.COVER) if first or last else None,
     )
-    violations = (
-        *_text_violations(video, card),
-        *_size_violations(video, card),
-        *_number_violations(request, video, card),
-        *_job_violations(request, card),
-    )
-    if violations:
-        raise InvalidRequestError(violations)
-    return video
 
 
 def _either(asked: T | None, default: T) -> T:
@@ -117,26 +174,29 @@ def _text_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation
     for field, text in (("spec.prompt", video.prompt), ("spec.negative_prompt", video.negative_prompt)):
         if not _is_unicode(text):
             yield Violation(field=field, description="holds half of a surrogate pair", reason="NOT_UNICODE")
+        if control := next(filter(_is_control, text), None):
+            sentence = f"holds the control character U+{ord(control):04X}"
+            yield Violation(field=field, description=sentence, reason="CONTROL_CHARACTER")
         size = len(text.encode("utf-8", "surrogatepass"))
         if size > card.limits.max_prompt_bytes:
             sentence = f"{size} bytes of UTF-8; at most {card.limits.max_prompt_bytes}"
             yield Violation(field=field, description=sentence, reason="TOO_LONG")
 
 
-def _size_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation]:
-    for field, value in (("spec.width", video.width), ("spec.height", video.height)):
+def _size_violations(width: int, height: int, card: ModelCard) -> Iterator[Violation]:
+    for field, value in (("spec.width", width), ("spec.height", height)):
         if value < card.size_multiple or value % card.size_multiple:
             sentence = f"{value} is not a positive multiple of {card.size_multiple}"
             yield Violation(field=field, description=sentence, reason="NOT_A_MULTIPLE")
         if value > card.max_side:
             sentence = f"{value} is more than {card.max_side}"
             yield Violation(field=field, description=sentence, reason="TOO_LARGE")
-    if video.width > 0 and video.height > 0 and video.width * video.height > card.limits.max_area:
-        sentence = (
-            f"{video.width} x {video.height} = {video.width * video.height} pixels a frame; "
-            f"at most {card.limits.max_area}"
-        )
+    if width > 0 and height > 0 and width * height > card.limits.max_area:
+        sentence = f"{width} x {height} = {width * height} pixels a frame; at most {card.limits.max_area}"
         yield Violation(field="spec.width", description=sentence, reason="TOO_LARGE")
+
+
+def _length_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation]:
     if video.num_frames < 1 or (video.num_frames - 1) % card.temporal_factor:
         sentence = f"{video.num_frames} is not 1 more than a multiple of {card.temporal_factor}"
         yield Violation(field="spec.num_frames", description=sentence, reason="NOT_A_MULTIPLE")
@@ -152,21 +212,87 @@ def _number_violations(request: GenerationRequest, video: VideoRequest, card: Mo
     yield from _outside("spec.guidance_scale", video.guidance_scale, 0.0, MAX_GUIDANCE)
     if request.guidance_scale_2 is not None:  # else it is guidance_scale again, and has been complained about
         yield from _outside("spec.guidance_scale_2", video.guidance_scale_2, 0.0, MAX_GUIDANCE)
+        if not card.has_two_experts:
+            sentence = "this model has one expert: guidance_scale is its guidance"
+            yield Violation(field="spec.guidance_scale_2", description=sentence, reason="DOES_NOT_APPLY")
     if not 0.0 < video.flow_shift <= MAX_FLOW_SHIFT:
         sentence = f"{video.flow_shift} is not above 0 and at most {MAX_FLOW_SHIFT}"
         yield Violation(field="spec.flow_shift", description=sentence, reason="OUT_OF_RANGE")
     if video.boundary_ratio is not None:
         yield from _outside("spec.boundary_ratio", video.boundary_ratio, 0.0, 1.0)
-        if card.defaults.boundary_ratio is None:
+        if not card.has_two_experts:
             sentence = "this model has one expert, so there is no boundary between experts"
             yield Violation(field="spec.boundary_ratio", description=sentence, reason="DOES_NOT_APPLY")
     yield from _outside("spec.seed", video.seed, 0, MAX_SEED)
 
 
-def _job_violations(request: GenerationRequest, card: ModelCard) -> Iterator[Violation]:
-    if request.output_format is not None and request.output_format not in card.formats:
-        sentence = f"{request.output_format} is not one of {', '.join(card.formats)}"
+def _image_violations(
+    request: GenerationRequest,
+    video: VideoRequest,
+    card: ModelCard,
+    *,
+    first: ImageFacts | None,
+    last: ImageFacts | None,
+) -> Iterator[Violation]:
+    if card.needs_image and request.image is None:
+        sentence = "this model makes a video from its first image, which must be given"
+        yield Violation(field="spec.image", description=sentence, reason="REQUIRED")
+    if request.image is not None and not card.takes_image:
+        sentence = "this model makes videos from text alone"
+        yield Violation(field="spec.image", description=sentence, reason="DOES_NOT_APPLY")
+    if request.last_image is not None and not card.takes_last_image:
+        sentence = "this model takes no last image"
+        yield Violation(field="spec.last_image", description=sentence, reason="DOES_NOT_APPLY")
+    elif request.last_image is not None and video.num_frames == 1:
+        sentence = "a video of one frame has no last image beside its first"
+        yield Violation(field="spec.last_image", description=sentence, reason="DOES_NOT_APPLY")
+    if request.image_fit is not None and request.image is None and request.last_image is None:
+        sentence = "there is no image to fit"
+        yield Violation(field="spec.image_fit", description=sentence, reason="DOES_NOT_APPLY")
+    for field, image in (("spec.image", first), ("spec.last_image", last)):
+        if image is not None:
+            yield from _fit_violations(field, image, video)
+    if first is not None and request.image_fit is None:
+        yield from _aspect_violations(first, video, card)
+
+
+def _fit_violations(field: str, image: ImageFacts, video: VideoRequest) -> Iterator[Violation]:
+    if video.image_fit is ImageFit.EXACT and image.width * video.height != image.height * video.width:
+        sentence = f"{image.width} x {image.height} does not have the aspect of {video.width} x {video.height}"
+        yield Violation(field=field, description=sentence, reason="OTHER_ASPECT")
+
+
+def _aspect_violations(image: ImageFacts, video: VideoRequest, card: ModelCard) -> Iterator[Violation]:
+    """A size that follows from an image may break rules that the sizes that were asked for keep."""
+    if max(video.width, video.height) > card.max_side or video.width * video.height > card.limits.max_area:
+        sentence = (
+            f"{image.width} x {image.height} is too long for a video of the same aspect; name an image_fit and a size"
+        )
+        yield Violation(field="spec.image", description=sentence, reason="OTHER_ASPECT")
+
+
+def _format_violations(request: GenerationRequest, video: VideoRequest, card: ModelCard) -> Iterator[Violation]:
+    name, rule = video.output_format, FORMATS[video.output_format]
+    if name not in card.formats:
+        sentence = f"{name} is not one of {', '.join(card.formats)}"
         yield Violation(field="spec.output_format", description=sentence, reason="NOT_SERVED")
+    if rule.is_picture and video.num_frames != 1:
+        sentence = f"{name} is one picture, and num_frames is {video.num_frames}"
+        yield Violation(field="spec.output_format", description=sentence, reason="DOES_NOT_FIT")
+    if rule.max_fps is not None and video.fps > rule.max_fps:
+        sentence = f"{name} has at most {rule.max_fps} frames a second, and fps is {video.fps}"
+        yield Violation(field="spec.output_format", description=sentence, reason="DOES_NOT_FIT")
+    pixels = video.width * video.height * video.num_frames
+    if rule.max_pixels is not None and pixels > rule.max_pixels:
+        sentence = f"{name} is for small videos: {pixels} pixels in all frames; at most {rule.max_pixels}"
+        yield Violation(field="spec.output_format", description=sentence, reason="DOES_NOT_FIT")
+    if max(video.width, video.height) > rule.max_side or 0 < min(video.width, video.height) < rule.min_side:
+        sentence = f"{name} has sides of {rule.min_side} to {rule.max_side} pixels"
+        yield Violation(field="spec.output_format", description=sentence, reason="DOES_NOT_FIT")
+    yield from encoding_violations(video.encoding, name)
+
+
+def _job_violations(request: GenerationRequest) -> Iterator[Violation]:
     if request.request_id is not None and not _is_uuid4(request.request_id):
         sentence = "is not a UUID of version 4 in its 36-character form"
         yield Violation(field="request_id", description=sentence, reason="NOT_A_UUID4")
@@ -182,6 +308,10 @@ def _outside(field: str, value: float, low: float, high: float) -> Iterator[Viol
     if not low <= value <= high:  # NaN compares false with everything, so it lands here too
         sentence = f"{value} is not between {low} and {high}"
         yield Violation(field=field, description=sentence, reason="OUT_OF_RANGE")
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" and character not in "\t\n\r"
 
 
 def _is_unicode(text: str) -> bool:

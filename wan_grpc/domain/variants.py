@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
 
-MAX_SIDE: Final = 16384
-"""Pixels of a side that H.264 encoders take."""
+from wan_grpc.domain.formats import MAX_SIDE, OutputFormat
 
 
 class Task(StrEnum):
@@ -19,13 +17,6 @@ class Expert(StrEnum):
 
     HIGH_NOISE = "high_noise"
     LOW_NOISE = "low_noise"
-
-
-class OutputFormat(StrEnum):
-    MP4_H264 = "mp4_h264"
-    """Fragmented MP4, H.264 High, 4:2:0, BT.709 limited range."""
-    RAW_RGB24 = "raw_rgb24"
-    """Frames one after the other, rows top to bottom, 3 bytes a pixel, no header."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +44,10 @@ class Limits:
     max_num_frames: int
     max_inference_steps: int
     max_prompt_bytes: int = 16384
+    max_image_bytes: int = 8 * 1024 * 1024
+    """Of one input image, as a file."""
+    max_image_pixels: int = 2**25
+    """Of one input image: what decoding it may cost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +71,20 @@ class ModelCard:
     sizes: tuple[tuple[int, int], ...] = field(default=())
     """Recommended (width, height) pairs; others that fit the rules work too."""
     formats: tuple[OutputFormat, ...] = tuple(OutputFormat)
+    takes_last_image: bool = False
+    """Whether a video may be made from its first to its last image."""
+
+    @property
+    def takes_image(self) -> bool:
+        return self.task is not Task.TEXT_TO_VIDEO
+
+    @property
+    def needs_image(self) -> bool:
+        return self.task is Task.IMAGE_TO_VIDEO
+
+    @property
+    def has_two_experts(self) -> bool:
+        return self.defaults.boundary_ratio is not None
 
 
 T2V_A14B = Defaults(
@@ -90,3 +99,27 @@ T2V_A14B = Defaults(
     boundary_ratio=0.875,
 )
 T2V_A14B_SIZES = ((1280, 720), (720, 1280), (832, 480), (480, 832))
+I2V_A14B = Defaults(
+    width=1280,
+    height=720,
+    num_frames=81,
+    fps=16,
+    num_inference_steps=40,
+    guidance_scale=3.5,
+    guidance_scale_2=3.5,
+    flow_shift=5.0,
+    boundary_ratio=0.9,
+)
+I2V_A14B_SIZES = T2V_A14B_SIZES
+TI2V_5B = Defaults(
+    width=1280,
+    height=704,
+    num_frames=121,
+    fps=24,
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    guidance_scale_2=5.0,
+    flow_shift=5.0,
+    boundary_ratio=None,
+)
+TI2V_5B_SIZES = ((1280, 704), (704, 1280))

@@ -6,7 +6,6 @@ Knows generations, their order and their ends. Does not know protobuf, gRPC, or 
 import asyncio
 import contextlib
 import math
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -44,13 +43,14 @@ from wan_grpc.domain.observations import (
     Started,
     StepEnded,
 )
-from wan_grpc.domain.request import UNLIMITED_S, GenerationRequest, resolve
+from wan_grpc.domain.request import UNLIMITED_S, GenerationRequest
 from wan_grpc.domain.status import EngineStatus
 from wan_grpc.domain.variants import ModelCard
 from wan_grpc.engine.bell import Bell, rang
 from wan_grpc.engine.encoding import Encoding, storage_failure
 from wan_grpc.engine.executor import Executor
 from wan_grpc.engine.generation import GenerationLog, Running
+from wan_grpc.engine.intake import CountTokens, Intake, Prepared, fingerprint
 from wan_grpc.engine.messages import MemoryUse, RunEnded
 from wan_grpc.engine.pace import Pace, remaining
 from wan_grpc.engine.queue import AdmissionQueue
@@ -62,6 +62,8 @@ CHUNK_BYTES = 1024 * 1024
 _UNKNOWN_WAIT_S = 5.0
 _ATTACH_S = 5.0
 """The least time that a caller who said it would watch has to begin."""
+_NUM_READING = 2
+"""Requests whose images are decoded at once: what bounds the memory that callers can make the server use for it."""
 _LEAVE_S = 30.0
 """How long a stopping server waits for cancelled work to come to its next step boundary."""
 _INTERNAL = Failure(reason=Reason.INTERNAL, message="an internal error ended the generation; the server's log has it")
@@ -95,8 +97,11 @@ class Engine:
         *,
         options: EngineOptions,
         observe: Callable[[Observation], None],
+        count_tokens: CountTokens,
     ) -> None:
         self.card = card
+        self._intake = Intake(card, count_tokens)
+        self._may_read = asyncio.Semaphore(_NUM_READING)
         self._executor = executor
         self._spool = spool
         self._options = options
@@ -197,8 +202,12 @@ class Engine:
             ServiceError: INVALID_REQUEST, REQUEST_ID_REUSED, QUEUE_FULL, SHUTTING_DOWN.
         """
         try:
-            known = self._known(request)
-            job = known or self._admit(request, watched=watched)
+            asked = fingerprint(request)
+            job = self._known(asked)
+            if job is None:
+                prepared = await self._prepare(request)
+                # The same request may have come a second time meanwhile; from here on nothing waits.
+                job = self._known(asked) or self._admit(asked, prepared, watched=watched)
         except ServiceError as error:
             self._observe(Refused(reason=error.failure.reason))
             raise
@@ -352,12 +361,18 @@ class Engine:
             raise ServiceError(Reason.REQUEST_ID_REUSED, sentence)
         return job
 
-    def _admit(self, request: GenerationRequest, *, watched: bool) -> GenerationLog:
-        video = resolve(request, self.card, fallback_seed=secrets.randbits(32))
+    async def _prepare(self, request: GenerationRequest) -> Prepared:
+        if self._intake.is_quick(request):
+            return self._intake.prepare(request)
+        async with self._may_read:
+            return await asyncio.to_thread(self._intake.prepare, request)
+
+    def _admit(self, request: GenerationRequest, prepared: Prepared, *, watched: bool) -> GenerationLog:
+        video = prepared.video
         self._check_room()
         unset_grace = self._options.detach_grace_s if watched else UNLIMITED_S
         grace_s = unset_grace if request.detach_grace_s is None else request.detach_grace_s
-        job = GenerationLog(f"generations/{uuid.uuid4()}", request, video, detach_grace_s=grace_s)
+        job = GenerationLog(f"generations/{uuid.uuid4()}", request, prepared, detach_grace_s=grace_s)
         self._generations[job.name] = job
         if request.request_id is not None:
             self._by_request_id[request.request_id] = job.name
@@ -477,7 +492,9 @@ class Engine:
         self._background(self._finish(job, run, ended))
 
     async def _follow_ranks(self, job: GenerationLog, run: Running) -> RunEnded:
-        async with contextlib.aclosing(self._executor.run(job.name, job.video, run.encoding.take_frame)) as messages:
+        frames = job.take_frames()
+        running = self._executor.run(job.name, job.video, frames, run.encoding.take_frame)
+        async with contextlib.aclosing(running) as messages:
             async for message in messages:
                 if isinstance(message, RunEnded):
                     self._take_end(job, run, message)

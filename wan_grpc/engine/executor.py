@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import structlog
 
 from wan_grpc.domain.errors import Reason, ServiceError, UnusableModelError
+from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.observations import (
     GroupReady,
     GroupRestarting,
@@ -92,7 +93,7 @@ class Executor:
             await rang(self.changed.ticket(), None)
 
     async def run(
-        self, generation: str, video: VideoRequest, take_frame: TakeFrame
+        self, generation: str, video: VideoRequest, frames: InputFrames, take_frame: TakeFrame
     ) -> AsyncGenerator[StepDone | RunEnded, None]:
         """Compute one video; ends with RunEnded. Frames go to `take_frame` on another thread.
 
@@ -104,7 +105,7 @@ class Executor:
         self._running, self._is_cancelled = generation, False
         events = self._events  # of this group: a restart brings its own
         self._group.expect_frames(video.frame_bytes, take_frame)
-        self._group.send(Run(generation=generation, video=video))
+        self._group.send(Run(generation=generation, video=video, frames=frames))
         while not isinstance(message := await self._next_message(events), RunEnded):
             yield message
         self._running = None  # and not before: whoever leaves early leaves the ranks at work

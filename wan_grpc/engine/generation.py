@@ -22,9 +22,11 @@ from wan_grpc.domain.events import (
     State,
     VideoInfo,
 )
-from wan_grpc.domain.request import GenerationRequest, VideoRequest
+from wan_grpc.domain.images import InputFrames
+from wan_grpc.domain.request import GenerationRequest
 from wan_grpc.engine.bell import Bell
 from wan_grpc.engine.encoding import Encoding
+from wan_grpc.engine.intake import Prepared
 from wan_grpc.store.artifacts import Artifact
 
 E = TypeVar("E")
@@ -79,15 +81,16 @@ class GenerationLog:
         self,
         name: str,
         request: GenerationRequest,
-        video: VideoRequest,
+        prepared: Prepared,
         *,
         detach_grace_s: float,
-        warnings: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.request = request
-        self.video = video
-        self.warnings = warnings
+        """Without the bytes of its images: see intake.fingerprint."""
+        self.video = prepared.video
+        self.warnings = prepared.warnings
+        self._frames = prepared.frames
         self.detach_grace_s = detach_grace_s
         self.state = State.QUEUED
         self.created_s = time.time()
@@ -111,6 +114,11 @@ class GenerationLog:
         self.records.append(Record(sequence=len(self.records) + 1, time_s=time.time(), event=event))
         self.changed.ring()
 
+    def take_frames(self) -> InputFrames:
+        """The pictures for the ranks, which are not kept here any longer."""
+        frames, self._frames = self._frames, InputFrames()
+        return frames
+
     def start(self) -> None:
         assert self.state is State.QUEUED
         self.state = State.RUNNING
@@ -126,6 +134,7 @@ class GenerationLog:
     def _end(self, state: State, event: Completed | Failed) -> None:
         assert not self.state.is_final, f"{self.name} ended twice"
         self.state = state
+        self._frames = InputFrames()
         self.ended_s = time.time()
         for timer in (*self.timers, *([self.grace] if self.grace else [])):
             timer.cancel()

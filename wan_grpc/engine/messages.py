@@ -9,6 +9,7 @@ import msgspec
 
 from wan_grpc.domain.errors import Failure
 from wan_grpc.domain.events import Progress
+from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.request import VideoRequest
 from wan_grpc.domain.topology import Topology
 from wan_grpc.pipeline.checkpoint import Checkpoint
@@ -37,6 +38,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     generation: str
     video: VideoRequest
+    frames: InputFrames = InputFrames()
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True, tag=True):

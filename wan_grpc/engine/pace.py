@@ -27,7 +27,8 @@ class Pace:
 
     def expect_all(self, video: VideoRequest) -> float | None:
         """Seconds for which `video` should occupy the ranks."""
-        parts = [self.expect(stage, video) for stage in (Stage.TEXT, Stage.DENOISE, Stage.DECODE)]
+        stages = (Stage.TEXT, *([Stage.IMAGE] if video.has_image else []), Stage.DENOISE, Stage.DECODE)
+        parts = [self.expect(stage, video) for stage in stages]
         return None if None in parts else sum(part for part in parts if part is not None)
 
 
@@ -49,7 +50,8 @@ def remaining(progress: Progress, video: VideoRequest, pace: Pace, stage_s: floa
     if progress.stage is Stage.DENOISE:
         return here + (decode or 0.0)
     denoise = pace.expect(Stage.DENOISE, video)
-    return None if denoise is None else here + denoise + (decode or 0.0)
+    image = pace.expect(Stage.IMAGE, video) if progress.stage is Stage.TEXT and video.has_image else None
+    return None if denoise is None else here + (image or 0.0) + denoise + (decode or 0.0)
 
 
 def _units(stage: Stage, video: VideoRequest) -> float:

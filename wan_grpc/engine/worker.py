@@ -230,7 +230,7 @@ class RankRun:
         return self._mesh.agree(self._wish())
 
     def _compute(self) -> None:
-        slices = self._pipeline.generate(self._order.video, on_step=self._finish_step)
+        slices = self._pipeline.generate(self._order.video, frames=self._order.frames, on_step=self._finish_step)
         with closing(slices):
             for frames in slices:
                 if self._mesh.is_first:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from wan_grpc.domain.events import VideoInfo
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import VideoRequest
-from wan_grpc.domain.variants import OutputFormat
 from wan_grpc.media.mp4 import Mp4Writer, codec_string
 
 Write = Callable[[bytes], None]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from wan_grpc.domain.errors import UnusableModelError
-from wan_grpc.domain.variants import MAX_SIDE, T2V_A14B, T2V_A14B_SIZES, Defaults, Limits, ModelCard, Task
+from wan_grpc.domain.formats import MAX_SIDE
+from wan_grpc.domain.variants import T2V_A14B, T2V_A14B_SIZES, Defaults, Limits, ModelCard, Task
 from wan_grpc.pipeline import hub, layout
 from wan_grpc.pipeline.published import T2V_A14B_CONFIGS, T2V_A14B_ID
 

@@ -3,25 +3,18 @@
 Knows how diffusers cleans, tokenizes, encodes and pads a prompt, and remembers recent ones. Knows no guidance.
 """
 
-import html
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final
 
-import ftfy
 import torch
 from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from wan_grpc.pipeline.prompt import clean
 
 NUM_TOKENS: Final = 512
 NUM_REMEMBERED: Final = 16
 """Prompts kept: 4 MB each on the device with UMT5-XXL in bf16."""
-
-
-def clean(prompt: str) -> str:
-    """The prompt as the model was trained to read it: broken Unicode mended, entities resolved, white space single."""
-    mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", mended.strip()).strip()
 
 
 def umt5(config: Mapping[str, Any]) -> UMT5EncoderModel:

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from wan_grpc.domain.events import Progress, Stage
+from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.request import VideoRequest
 from wan_grpc.domain.variants import Expert
 from wan_grpc.pipeline import decode
@@ -48,10 +49,11 @@ class VideoPipeline:
         return str(self.transformers[Expert.HIGH_NOISE].compute_dtype).removeprefix("torch.")
 
     def generate(
-        self, video: VideoRequest, *, on_step: Callable[[Progress], None]
+        self, video: VideoRequest, *, frames: InputFrames = InputFrames(), on_step: Callable[[Progress], None]
     ) -> Generator[torch.Tensor, None, None]:
         """The pictures of `video`, in order, as they are decoded: uint8 RGB [n, H, W, 3] on the CPU, 1 first, then 4s.
 
+        frames: the images that it begins and ends with, at its size.
         on_step: called with step 0 when a stage starts and then whenever the device has finished a step of it. What it
             raises ends the video at once; nothing of it stays behind, and the next video is not affected.
         """

@@ -1,9 +1,10 @@
 """The answer of GetModel: what the model allows, how it is run, and what of the API is not served."""
 
 from wan_grpc import __version__
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.status import EngineStatus
 from wan_grpc.domain.topology import Topology
-from wan_grpc.domain.variants import Defaults, ModelCard, OutputFormat, Task
+from wan_grpc.domain.variants import Defaults, ModelCard, Task
 from wan_grpc.rpc.convert import OUTPUT_FORMATS, to_rank_memory
 from wan_grpc.rpc.unserved import UNSERVED_FIELDS, UNSERVED_METHODS
 from wan_grpc.v1 import generation_pb2, model_pb2

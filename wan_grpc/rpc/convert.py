@@ -31,8 +31,9 @@ from wan_grpc.domain.events import (
     State,
     VideoInfo,
 )
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import UNLIMITED_S, GenerationRequest, VideoRequest, resolve
-from wan_grpc.domain.variants import Expert, ModelCard, OutputFormat
+from wan_grpc.domain.variants import Expert, ModelCard
 from wan_grpc.rpc.errors import code_number
 from wan_grpc.rpc.unserved import UNSERVED_FIELDS
 from wan_grpc.v1 import generation_pb2 as pb

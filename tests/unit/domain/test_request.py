@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wan_grpc.domain.errors import InvalidRequestError, Reason, Violation
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import MAX_SEED, UNLIMITED_S, GenerationRequest, VideoRequest, resolve
-from wan_grpc.domain.variants import T2V_A14B, Defaults, Limits, ModelCard, OutputFormat, Task
+from wan_grpc.domain.variants import T2V_A14B, Defaults, Limits, ModelCard, Task
 
 CARD = ModelCard(
     model_id="Wan-AI/Wan2.2-T2V-A14B-Diffusers",

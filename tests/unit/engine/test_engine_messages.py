@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 from tests.fake_ranks import CARD, ask
 from wan_grpc.domain.errors import Failure, Reason
 from wan_grpc.domain.events import Progress, Stage
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import MAX_SEED, VideoRequest, resolve
 from wan_grpc.domain.topology import Topology
-from wan_grpc.domain.variants import Expert, OutputFormat
+from wan_grpc.domain.variants import Expert
 from wan_grpc.engine import messages
 from wan_grpc.engine.messages import (
     Cancel,

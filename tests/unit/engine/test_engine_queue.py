@@ -3,13 +3,16 @@ import asyncio
 import pytest
 
 from tests.fake_ranks import CARD, ask
+from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.request import resolve
 from wan_grpc.engine.generation import GenerationLog
+from wan_grpc.engine.intake import Prepared
 from wan_grpc.engine.queue import AdmissionQueue
 
 
 def job(name: str) -> GenerationLog:
-    return GenerationLog(name, ask(), resolve(ask(), CARD, fallback_seed=0), detach_grace_s=1.0)
+    prepared = Prepared(video=resolve(ask(), CARD, fallback_seed=0), frames=InputFrames(), warnings=())
+    return GenerationLog(name, ask(), prepared, detach_grace_s=1.0)
 
 
 def names(queue: AdmissionQueue) -> list[str]:

@@ -20,6 +20,7 @@ from wan_grpc.domain.events import (
     State,
     VideoInfo,
 )
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.observations import (
     Admitted,
     BytesSent,
@@ -30,7 +31,7 @@ from wan_grpc.domain.observations import (
     Started,
     StepEnded,
 )
-from wan_grpc.domain.variants import Expert, OutputFormat
+from wan_grpc.domain.variants import Expert
 from wan_grpc.engine import encoding
 from wan_grpc.engine import engine as engine_module
 from wan_grpc.store.artifacts import Artifact, Spool, StorageFailedError

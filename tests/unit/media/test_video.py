@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from wan_grpc.domain.events import VideoInfo
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import VideoRequest
-from wan_grpc.domain.variants import OutputFormat
 from wan_grpc.media.video import Encoder, describe, open_encoder
 
 Frames = npt.NDArray[np.uint8]

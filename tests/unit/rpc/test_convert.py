@@ -30,10 +30,11 @@ from wan_grpc.domain.events import (
     State,
     VideoInfo,
 )
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import UNLIMITED_S, GenerationRequest, VideoRequest, resolve
 from wan_grpc.domain.status import EngineStatus
 from wan_grpc.domain.topology import Topology
-from wan_grpc.domain.variants import Expert, OutputFormat, Task
+from wan_grpc.domain.variants import Expert, Task
 from wan_grpc.rpc.capabilities import TASKS, describe
 from wan_grpc.rpc.convert import (
     EXPERTS,

@@ -23,8 +23,8 @@ from wan_grpc.domain.events import (
     Stage,
     VideoInfo,
 )
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import GenerationRequest
-from wan_grpc.domain.variants import OutputFormat
 from wan_grpc.rpc.server import RpcServer
 from wan_grpc.rpc.service import Deadline
 from wan_grpc.v1 import adapter_service_pb2 as adapters

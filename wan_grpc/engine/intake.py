@@ -1,0 +1,105 @@
+"""From a request as it was made to everything that its run needs: values, pictures, warnings. Does no asyncio.
+
+Knows images, prompts and the model's rules. Does not know queues or generations.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from wan_grpc.domain.errors import InvalidRequestError, Violation
+from wan_grpc.domain.images import ImageFit, InputFrames
+from wan_grpc.domain.request import GenerationRequest, VideoRequest, resolve
+from wan_grpc.domain.variants import ModelCard
+from wan_grpc.media.image import Picture, read_picture
+
+CountTokens = Callable[[str], int]
+"""Tokens of a prompt as the model's tokenizer makes them, its end included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request that was accepted, ready to run."""
+
+    video: VideoRequest
+    frames: InputFrames
+    warnings: tuple[str, ...]
+
+
+class Intake:
+    """Checks requests against one model. Its methods may be called from any thread."""
+
+    def __init__(self, card: ModelCard, count_tokens: CountTokens) -> None:
+        self._card = card
+        self._count_tokens = count_tokens
+
+    def is_quick(self, request: GenerationRequest) -> bool:
+        """Whether `prepare` takes no time worth a thread: no image to decode and no text that may be too long."""
+        texts = (request.prompt, request.negative_prompt or self._card.defaults.negative_prompt)
+        return not _has_image(request) and not any(map(self._may_be_too_long, texts))
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Read images, fill open values, draw a seed.
+
+        Raises:
+            InvalidRequestError: naming every field that breaks a rule.
+        """
+        found: list[Violation] = []
+        first = self._read("spec.image", request.image, found) if self._card.takes_image else None
+        last = self._read("spec.last_image", request.last_image, found) if self._card.takes_last_image else None
+        video = resolve(
+            request,
+            self._card,
+            fallback_seed=secrets.randbits(32),
+            first=first.facts if first else None,
+            last=last.facts if last else None,
+            found=tuple(found),
+        )
+        frames = InputFrames(first=_fitted(first, video), last=_fitted(last, video))
+        return Prepared(video=video, frames=frames, warnings=tuple(self._warnings(request, video)))
+
+    def _read(self, field: str, data: bytes | None, found: list[Violation]) -> Picture | None:
+        if data is None:
+            return None
+        limits = self._card.limits
+        try:
+            return read_picture(data, field=field, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
+        except InvalidRequestError as error:
+            found.extend(error.violations)
+            return None
+
+    def _warnings(self, request: GenerationRequest, video: VideoRequest) -> Iterator[str]:
+        for field, text in (("spec.prompt", video.prompt), ("spec.negative_prompt", video.negative_prompt)):
+            if self._may_be_too_long(text):
+                yield from self._length_warnings(field, text)
+        if request.negative_prompt and video.guidance_scale <= 1.0:
+            yield "spec.negative_prompt: of no effect, since a guidance_scale of 1.0 or less runs no unconditional pass"
+
+    def _length_warnings(self, field: str, text: str) -> Iterator[str]:
+        num_tokens, most = self._count_tokens(text), self._card.max_text_tokens
+        if num_tokens > most:
+            yield f"{field}: {num_tokens} tokens, of which the model reads the first {most}"
+
+    def _may_be_too_long(self, text: str) -> bool:
+        """A token is at least one byte, but for two: the mark of the first word and the end. Counting costs more."""
+        return len(text.encode("utf-8", "surrogatepass")) + 2 > self._card.max_text_tokens
+
+
+def fingerprint(request: GenerationRequest) -> GenerationRequest:
+    """`request` with the checksums of its images in place of their bytes: what tells it from others, and is small."""
+    return replace(request, image=_digest(request.image), last_image=_digest(request.last_image))
+
+
+def _digest(data: bytes | None) -> bytes | None:
+    return None if data is None else hashlib.sha256(data).digest()
+
+
+def _has_image(request: GenerationRequest) -> bool:
+    return request.image is not None or request.last_image is not None
+
+
+def _fitted(picture: Picture | None, video: VideoRequest) -> bytes | None:
+    if picture is None:
+        return None
+    return picture.fitted(video.width, video.height, video.image_fit or ImageFit.COVER)
