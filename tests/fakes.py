@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 from collections.abc import AsyncGenerator, Callable
 
-from wan_grpc.domain.errors import CANCELLING_REASONS, Failure, Reason, ServiceError
+from wan_grpc.domain.errors import CANCELLING_REASONS, Failure, Reason, ServiceError, Violation
 from wan_grpc.domain.events import (
     Accepted,
     Chunk,
@@ -86,11 +86,13 @@ class FakeEngine:
 
     # ---- what the service asks --------------------------------------------------------------------------------------
 
-    async def submit(self, request: GenerationRequest, *, watched: bool) -> Generation:
+    async def submit(
+        self, request: GenerationRequest, *, watched: bool, found: tuple[Violation, ...] = ()
+    ) -> Generation:
         self._maybe_raise()
+        video = resolve(request, self.card, fallback_seed=42, found=found)
         self.submitted.append((request, watched))
         name = f"generations/{len(self.submitted)}"
-        video = resolve(request, self.card, fallback_seed=42)
         self._generations[name] = Generation(
             name=name, state=State.QUEUED, video=video, created_s=NOON_S, request_id=request.request_id
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from wan_grpc.domain.errors import Failure, Reason, ServiceError, UnusableModelError
+from wan_grpc.domain.errors import Failure, Reason, ServiceError, UnusableModelError, Violation
 from wan_grpc.domain.events import (
     Accepted,
     Chunk,
@@ -193,19 +193,22 @@ class Engine:
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
-    async def submit(self, request: GenerationRequest, *, watched: bool) -> Generation:
+    async def submit(
+        self, request: GenerationRequest, *, watched: bool, found: tuple[Violation, ...] = ()
+    ) -> Generation:
         """Accept `request`, or find the generation that the same request id and body made before.
 
-        `watched` says that the caller is about to watch: when nobody does, the detach grace runs from now.
+        `watched` says that the caller is about to watch: when nobody does, the detach grace runs from now. `found` is
+        what is wrong with the request already, to be told with the rest.
 
         Raises:
             ServiceError: INVALID_REQUEST, REQUEST_ID_REUSED, QUEUE_FULL, SHUTTING_DOWN.
         """
         try:
             asked = fingerprint(request)
-            job = self._known(asked)
+            job = None if found else self._known(asked)
             if job is None:
-                prepared = await self._prepare(request)
+                prepared = await self._prepare(request, found)
                 # The same request may have come a second time meanwhile; from here on nothing waits.
                 job = self._known(asked) or self._admit(asked, prepared, watched=watched)
         except ServiceError as error:
@@ -361,11 +364,11 @@ class Engine:
             raise ServiceError(Reason.REQUEST_ID_REUSED, sentence)
         return job
 
-    async def _prepare(self, request: GenerationRequest) -> Prepared:
+    async def _prepare(self, request: GenerationRequest, found: tuple[Violation, ...]) -> Prepared:
         if self._intake.is_quick(request):
-            return self._intake.prepare(request)
+            return self._intake.prepare(request, found)
         async with self._may_read:
-            return await asyncio.to_thread(self._intake.prepare, request)
+            return await asyncio.to_thread(self._intake.prepare, request, found)
 
     def _admit(self, request: GenerationRequest, prepared: Prepared, *, watched: bool) -> GenerationLog:
         video = prepared.video

@@ -39,22 +39,24 @@ class Intake:
         texts = (request.prompt, request.negative_prompt or self._card.defaults.negative_prompt)
         return not _has_image(request) and not any(map(self._may_be_too_long, texts))
 
-    def prepare(self, request: GenerationRequest) -> Prepared:
+    def prepare(self, request: GenerationRequest, found: tuple[Violation, ...] = ()) -> Prepared:
         """Read images, fill open values, draw a seed.
+
+        found: what is wrong with the request already, to be told with the rest.
 
         Raises:
             InvalidRequestError: naming every field that breaks a rule.
         """
-        found: list[Violation] = []
-        first = self._read("spec.image", request.image, found) if self._card.takes_image else None
-        last = self._read("spec.last_image", request.last_image, found) if self._card.takes_last_image else None
+        wrong = list(found)
+        first = self._read("spec.image", request.image, wrong) if self._card.takes_image else None
+        last = self._read("spec.last_image", request.last_image, wrong) if self._card.takes_last_image else None
         video = resolve(
             request,
             self._card,
             fallback_seed=secrets.randbits(32),
             first=first.facts if first else None,
             last=last.facts if last else None,
-            found=tuple(found),
+            found=tuple(wrong),
         )
         frames = InputFrames(first=_fitted(first, video), last=_fitted(last, video))
         return Prepared(video=video, frames=frames, warnings=tuple(self._warnings(request, video)))
