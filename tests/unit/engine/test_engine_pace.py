@@ -43,10 +43,23 @@ def test_what_was_learned_is_scaled(stage: Stage, change: dict[str, int], expect
 
 def test_nothing_is_expected_before_it_was_timed() -> None:
     """No stage has a time before one was seen, and the whole has none while a stage lacks it."""
-    assert [Pace().expect(stage, VIDEO) for stage in Stage] == [None] * 4
+    assert [Pace().expect(stage, VIDEO) for stage in Stage] == [None] * 5
     assert Pace().expect_all(VIDEO) is None
     assert known(text=2.0, denoise=30.0).expect_all(VIDEO) is None
     assert known(text=2.0, denoise=30.0, decode=8.0).expect_all(VIDEO) == pytest.approx(40.0)
+
+
+def test_an_image_takes_its_time_too() -> None:
+    """A video with an image is expected to take its image stage as well, and only such a video."""
+    pace = known(text=2.0, image=5.0, denoise=30.0, decode=8.0)
+    with_image = replace(VIDEO, image_sha256="5" * 64)
+    assert pace.expect_all(with_image) == pytest.approx(45.0)
+    assert pace.expect_all(VIDEO) == pytest.approx(40.0)
+    text = Progress(stage=Stage.TEXT, step=0, total_steps=2)
+    assert remaining(text, with_image, pace, 0.5) == pytest.approx(44.5)
+    assert remaining(text, VIDEO, pace, 0.5) == pytest.approx(39.5)
+    image = Progress(stage=Stage.IMAGE, step=1, total_steps=2, step_time_s=2.0)
+    assert remaining(image, with_image, pace, 2.0) == pytest.approx(40.0)
 
 
 def test_newer_work_counts_for_more_and_not_for_all() -> None:

@@ -16,6 +16,7 @@ import torch
 from tests.fake_ranks import CARD, ask, frame, steps_of
 from wan_grpc.domain.errors import Failure, Reason
 from wan_grpc.domain.events import Progress, Stage
+from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.request import VideoRequest, resolve
 from wan_grpc.engine import messages, worker
 from wan_grpc.engine.messages import (
@@ -95,7 +96,9 @@ class ScriptedPipeline:
         self._error = error
         self._error_at = error_at
 
-    def generate(self, video: VideoRequest, *, on_step: Callable[[Progress], None]) -> Iterator[torch.Tensor]:
+    def generate(
+        self, video: VideoRequest, *, frames: InputFrames, on_step: Callable[[Progress], None]
+    ) -> Iterator[torch.Tensor]:
         num_frames = 0
         try:
             for index, progress in enumerate(steps_of(video)):
