@@ -2,11 +2,12 @@
 
     python benchmarks/gpu_serve.py --out results.json
 
-Starts `wan-grpc serve` with random weights of the published T2V-A14B shapes (no files needed), calls Generate over
-loopback with the generated stubs, and prints a table. Run it on an otherwise idle GPU.
+Starts `wan-grpc serve` with random weights of published shapes (no files needed; T2V-A14B unless --model-path names
+another), calls Generate over loopback with the generated stubs, and prints a table. Run it on an otherwise idle GPU.
 """
 
 import argparse
+import io
 import json
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from PIL import Image
 
 from wan_grpc.v1 import generation_pb2 as pb
 from wan_grpc.v1.video_generation_service_pb2 import GenerateRequest, GetModelRequest
@@ -38,7 +40,8 @@ def main() -> None:
         "device": deployment.device,
         "dtype": deployment.dtype,
         "attention": deployment.attention_backend,
-        "video": f"{options.width}x{options.height}x{options.num_frames}",
+        "model": options.model_path,
+        "video": f"{options.width}x{options.height}x{options.num_frames}" + (" with an image" if options.image else ""),
         "num_inference_steps": options.num_inference_steps,
         "load_s": round(load_s, 2),
         "runs": runs,
@@ -56,6 +59,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--num-frames", type=int, default=81)
     parser.add_argument("--num-inference-steps", type=int, default=2)
+    parser.add_argument("--image", action="store_true", help="give a first image of twice the video's size")
     parser.add_argument("--boundary-ratio", type=float, help="0.95 lets both experts run when there are two steps")
     parser.add_argument("--runs", type=int, default=2, help="the first one warms up")
     parser.add_argument("--out", help="JSON file for the full result")
@@ -99,6 +103,7 @@ def generate(stub: VideoGenerationServiceStub, options: argparse.Namespace) -> d
         num_inference_steps=options.num_inference_steps,
         boundary_ratio=options.boundary_ratio,
         seed=1,
+        image=picture(options.width, options.height) if options.image else None,
     )
     began = time.monotonic()
     run: dict[str, Any] = {"steps": [], "bytes": 0}
@@ -106,6 +111,14 @@ def generate(stub: VideoGenerationServiceStub, options: argparse.Namespace) -> d
         take(run, response.event, time.monotonic() - began)
     run["total_s"] = round(time.monotonic() - began, 3)
     return run
+
+
+def picture(width: int, height: int) -> bytes:
+    """A JPEG of twice that size: a grey ramp in each direction."""
+    file = io.BytesIO()
+    ramp = Image.linear_gradient("L").resize((2 * width, 2 * height))
+    Image.merge("RGB", (ramp, ramp.rotate(180), ramp)).save(file, "JPEG")
+    return file.getvalue()
 
 
 def take(run: dict[str, Any], event: pb.GenerationEvent, at_s: float) -> None:
@@ -128,12 +141,15 @@ def take(run: dict[str, Any], event: pb.GenerationEvent, at_s: float) -> None:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    print(", ".join(result[key] for key in ("device", "dtype", "attention", "video")), f"ready in {result['load_s']} s")
-    print(f"{'run':>3} {'steps, s':>18} {'decode, s':>10} {'first chunk, s into decode':>27} {'total, s':>9}  peak GiB")
+    told = [result[key] for key in ("model", "device", "dtype", "attention", "video")]
+    print(", ".join(told), f"ready in {result['load_s']} s")
+    heads = (("run", 3), ("steps, s", 18), ("image, s", 9), ("decode, s", 10), ("first chunk, s into decode", 27))
+    print(" ".join(f"{head:>{width}}" for head, width in (*heads, ("total, s", 9))), " peak GiB")
     for index, run in enumerate(result["runs"]):
         steps = " / ".join(f"{step['step_s']:.3f}" for step in run["steps"])
         first_s = run["first_chunk_s"] - run["decode_began_s"]
-        row = f"{index:>3} {steps:>18} {run['stage_s']['decode']:>10.2f} {first_s:>27.2f} {run['total_s']:>9.2f}"
+        image, decode = (f"{run['stage_s'].get(stage, 0.0):.2f}" for stage in ("image", "decode"))
+        row = f"{index:>3} {steps:>18} {image:>9} {decode:>10} {first_s:>27.2f} {run['total_s']:>9.2f}"
         print(f"{row}  {run['peak_gib']}")
 
 
