@@ -9,10 +9,11 @@ from PIL import Image
 
 from tests.bench import Bench
 from tests.fake_ranks import CARD
-from wan_grpc.domain.errors import InvalidRequestError, Reason, ServiceError
+from wan_grpc.domain.errors import InvalidRequestError, Reason, ServiceError, Violation
 from wan_grpc.domain.events import Accepted, Generation
 from wan_grpc.domain.images import ImageFit, InputFrames
 from wan_grpc.domain.observations import Refused
+from wan_grpc.domain.request import GenerationRequest
 from wan_grpc.domain.variants import Task
 from wan_grpc.engine.intake import Intake, Prepared
 
@@ -63,9 +64,9 @@ async def test_the_same_request_twice_while_its_image_is_read(bench: Bench, monk
     """Two calls with one id that both wait for the decoder end in one generation."""
     both_inside = threading.Barrier(2)
 
-    def prepare(self: Intake, request: object) -> Prepared:
+    def prepare(self: Intake, request: GenerationRequest, found: tuple[Violation, ...] = ()) -> Prepared:
         both_inside.wait(10.0)
-        return original(self, request)
+        return original(self, request, found)
 
     original = Intake.prepare
     monkeypatch.setattr(Intake, "prepare", prepare)
