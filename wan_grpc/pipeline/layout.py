@@ -23,6 +23,7 @@ CONFIGS: Final = {
     "vae": "config.json",
 }
 WEIGHT_STEMS: Final = {
+    "image_encoder": "model",
     "text_encoder": "model",
     "transformer": "diffusion_pytorch_model",
     "transformer_2": "diffusion_pytorch_model",

@@ -1,39 +1,38 @@
-"""The embedded model: a checkpoint in the published T2V-A14B layout, small enough to be made on the spot.
+"""Tiny checkpoints in the published layouts, small enough to be made on the spot; one of them is the embedded model.
 
-Knows where it is kept and its configs. Imports no torch: the weights are made by tiny_weights, in a process of its own.
+Knows their configs and where the embedded one is kept. Imports no torch: the weights are made by tiny_weights, in a
+process of its own.
 """
 
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from wan_grpc.domain.errors import UnusableModelError
+from wan_grpc.domain.variants import Task
 from wan_grpc.pipeline.checkpoint import EXTRA_NAME
-from wan_grpc.pipeline.published import T2V_A14B_CONFIGS
+from wan_grpc.pipeline.published import I2V_A14B_CONFIGS, T2V_A14B_CONFIGS, TI2V_5B_CONFIGS, Configs
 
 VERSION: Final = 1
-"""Raised whenever the files change, so that an older copy is not served."""
+"""Raised whenever the files of the embedded model change, so that an older copy is not served."""
 TEXT_DIM: Final = 64
-_TRANSFORMER: Final = {
-    **T2V_A14B_CONFIGS["transformer/config.json"],
-    "attention_head_dim": 24,
-    "ffn_dim": 192,
-    "num_attention_heads": 4,
-    "num_layers": 2,
-    "text_dim": TEXT_DIM,
+IMAGE_DIM: Final = 32
+_NUM_HEADS: Final = 4
+_HEAD_DIM: Final = 24
+_PUBLISHED: Final[Mapping[Task, Configs]] = {
+    Task.TEXT_TO_VIDEO: T2V_A14B_CONFIGS,
+    Task.IMAGE_TO_VIDEO: I2V_A14B_CONFIGS,
+    Task.TEXT_IMAGE_TO_VIDEO: TI2V_5B_CONFIGS,
 }
-
-CONFIGS: Final[dict[str, dict[str, Any]]] = {
+_TINIER: Final[Configs] = {
     "model_index.json": {
-        **T2V_A14B_CONFIGS["model_index.json"],
         "_diffusers_version": "0.42.0",
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
     },
-    "scheduler/scheduler_config.json": dict(T2V_A14B_CONFIGS["scheduler/scheduler_config.json"]),
     "text_encoder/config.json": {
-        **T2V_A14B_CONFIGS["text_encoder/config.json"],
         "d_ff": 128,
         "d_kv": 16,
         "d_model": TEXT_DIM,
@@ -42,27 +41,57 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
         "num_layers": 2,
         "vocab_size": 259,
     },
-    "transformer/config.json": _TRANSFORMER,
-    "transformer_2/config.json": _TRANSFORMER,
-    "vae/config.json": {**T2V_A14B_CONFIGS["vae/config.json"], "base_dim": 8, "num_res_blocks": 1},
-    EXTRA_NAME: {
-        "defaults": {
-            "fps": 8,
-            "guidance_scale": 4.0,
-            "guidance_scale_2": 3.0,
-            "height": 96,
-            "num_frames": 25,
-            "num_inference_steps": 10,
-            "width": 128,
-        },
-        "embedded": True,
-        "version": VERSION,
+    "transformer/config.json": {
+        "attention_head_dim": _HEAD_DIM,
+        "ffn_dim": 192,
+        "num_attention_heads": _NUM_HEADS,
+        "num_layers": 2,
+        "text_dim": TEXT_DIM,
+    },
+    "vae/config.json": {"base_dim": 8, "num_res_blocks": 1},
+}
+"""What is smaller than in the published configs."""
+_DEFAULTS: Final[Mapping[Task, Mapping[str, Any]]] = {
+    Task.TEXT_TO_VIDEO: {"guidance_scale": 4.0, "guidance_scale_2": 3.0, "height": 96, "width": 128},
+    Task.IMAGE_TO_VIDEO: {"guidance_scale": 3.5, "guidance_scale_2": 3.5, "height": 96, "width": 128},
+    Task.TEXT_IMAGE_TO_VIDEO: {"guidance_scale": 5.0, "height": 128, "width": 192},
+}
+_IMAGE_ENCODER: Final[Configs] = {
+    "image_encoder/config.json": {
+        "architectures": ["CLIPVisionModel"],
+        "hidden_act": "gelu",
+        "hidden_size": IMAGE_DIM,
+        "image_size": 28,
+        "intermediate_size": 64,
+        "layer_norm_eps": 1e-05,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 2,
+        "num_channels": 3,
+        "num_hidden_layers": 3,
+        "patch_size": 14,
+        "projection_dim": 16,
+    },
+    "image_processor/preprocessor_config.json": {
+        "crop_size": {"height": 28, "width": 28},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": 28},
     },
 }
 
 
-def make_tiny_model(directory: Path) -> None:
-    """Write the checkpoint into `directory`, which is made if need be: the same bytes every time.
+def make_tiny_model(directory: Path, *, task: Task = Task.TEXT_TO_VIDEO, with_image_encoder: bool = False) -> None:
+    """Write a checkpoint for `task` into `directory`, which is made if need be: the same bytes every time.
+
+    with_image_encoder: for image-to-video, one that reads its image through CLIP too, and has one expert, as Wan2.1 has.
 
     Raises:
         UnusableModelError: `directory` holds something already.
@@ -71,7 +100,39 @@ def make_tiny_model(directory: Path) -> None:
 
     if directory.exists() and any(directory.iterdir()):
         raise UnusableModelError(f"{directory} is not empty")
-    tiny_weights.write_model(directory, CONFIGS)
+    tiny_weights.write_model(directory, tiny_configs(task, with_image_encoder=with_image_encoder))
+
+
+def tiny_configs(task: Task, *, with_image_encoder: bool = False) -> Configs:
+    """The JSON files of a tiny checkpoint by their names, but for the tokenizer's."""
+    assert not with_image_encoder or task is Task.IMAGE_TO_VIDEO, f"{task} has no image encoder"
+    published = dict(_PUBLISHED[task])
+    configs = {name: {**config, **_TINIER.get(_shared(name), {})} for name, config in published.items()}
+    if task is Task.TEXT_IMAGE_TO_VIDEO:
+        configs["vae/config.json"]["decoder_base_dim"] = 12
+    if with_image_encoder:
+        _add_image_encoder(configs)
+    defaults = {"fps": 8, "num_frames": 25, "num_inference_steps": 10, **_DEFAULTS[task]}
+    configs[EXTRA_NAME] = {"defaults": defaults, "embedded": True, "version": VERSION}
+    return configs
+
+
+def _shared(name: str) -> str:
+    """The name under which the config of either expert is found."""
+    return name.replace("transformer_2/", "transformer/")
+
+
+def _add_image_encoder(configs: dict[str, dict[str, Any]]) -> None:
+    """CLIP beside one expert that listens to it."""
+    del configs["transformer_2/config.json"]
+    configs["transformer/config.json"] |= {"image_dim": IMAGE_DIM, "added_kv_proj_dim": _NUM_HEADS * _HEAD_DIM}
+    configs["model_index.json"] |= {
+        "boundary_ratio": None,
+        "image_encoder": ["transformers", "CLIPVisionModel"],
+        "image_processor": ["transformers", "CLIPImageProcessor"],
+        "transformer_2": [None, None],
+    }
+    configs.update({name: dict(config) for name, config in _IMAGE_ENCODER.items()})
 
 
 def ensure_tiny_model(cache_dir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Makes the files of the embedded model: random weights, scaled so that its pictures are worth looking at.
+"""Makes the files of a tiny checkpoint: random weights, scaled so that its pictures are worth looking at.
 
 Knows shapes and seeds. Does not know where the files are kept, nor how they are read.
 """
@@ -14,30 +14,35 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors.torch import save
 from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from wan_grpc.pipeline.layout import WEIGHT_STEMS
+from wan_grpc.pipeline.published import Configs
 from wan_grpc.pipeline.text import umt5
 from wan_grpc.pipeline.tokenizer import TOKENIZER_CONFIG, byte_tokenizer
 from wan_grpc.pipeline.weights import random_weights
 
 _CONTRAST: Final = 1.2
 _BELLS: Final = {1: [1.0], 3: [0.25, 0.5, 0.25]}
-_SEEDS: Final = {"text_encoder": 1, "transformer": 2, "transformer_2": 3, "vae": 4}
+_SEEDS: Final = {"text_encoder": 1, "transformer": 2, "transformer_2": 3, "vae": 4, "image_encoder": 5}
+_PREFIXES: Final = {"image_encoder": "vision_model."}
+"""How the names of a component's tensors begin in published files, where its class no longer says so."""
 
 
-def write_model(directory: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def write_model(directory: Path, configs: Configs) -> None:
     """Write configs, tokenizer and weights into `directory`, byte for byte the same every time."""
     for name, config in configs.items():
         _write_json(directory / name, config)
     _write_json(directory / "tokenizer/tokenizer_config.json", TOKENIZER_CONFIG)
     byte_tokenizer().save(str(directory / "tokenizer/tokenizer.json"))
-    for component, stem in WEIGHT_STEMS.items():
+    for component in (name for name in WEIGHT_STEMS if f"{name}/config.json" in configs):
         model = _model(component, configs[f"{component}/config.json"])
         random_weights(model, seed=_SEEDS[component], device=torch.device("cpu"), dtype=torch.float32)
         if isinstance(model, AutoencoderKLWan):
             _smooth(model)
-        state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        file = directory / component / f"{stem}.safetensors"
+        prefix = _PREFIXES.get(component, "")
+        state = {f"{prefix}{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        file = directory / component / f"{WEIGHT_STEMS[component]}.safetensors"
         file.write_bytes(save(state, metadata={"format": "pt"}))
 
 
@@ -51,6 +56,8 @@ def _model(component: str, config: Mapping[str, Any]) -> nn.Module:
         match component:
             case "text_encoder":
                 model: nn.Module = umt5(config)
+            case "image_encoder":
+                model = CLIPVisionModel(CLIPVisionConfig.from_dict(dict(config)))
             case "vae":
                 model = AutoencoderKLWan.from_config(dict(config))
             case _:
