@@ -14,6 +14,7 @@ from wan_grpc.pipeline.checkpoint import Checkpoint, locate
 from wan_grpc.pipeline.denoise import Prompts, predict
 from wan_grpc.pipeline.device import Stopwatch
 from wan_grpc.pipeline.experts import Choice
+from wan_grpc.pipeline.image import TEXT_ALONE
 from wan_grpc.pipeline.load import load
 from wan_grpc.pipeline.video import VideoPipeline
 
@@ -96,10 +97,11 @@ def test_a_prediction_never_waits_for_the_gpu(pipeline: VideoPipeline) -> None:
     latents, timestep, text = (tensor.float() for tensor in inputs())
     choice = Choice(expert=Expert.HIGH_NOISE, guidance_scale=4.0, is_guided=True)
     prompts = Prompts(positive=text, negative=text)
-    predict(pipeline.transformers[Expert.HIGH_NOISE], latents, timestep.long(), prompts, choice)
+    expert, given = pipeline.transformers[Expert.HIGH_NOISE], timestep[0].long()
+    predict(expert, latents, given, prompts=prompts, condition=TEXT_ALONE, choice=choice)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        predict(pipeline.transformers[Expert.HIGH_NOISE], latents, timestep.long(), prompts, choice)
+        predict(expert, latents, given, prompts=prompts, condition=TEXT_ALONE, choice=choice)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

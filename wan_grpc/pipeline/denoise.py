@@ -13,6 +13,7 @@ from wan_grpc.domain.request import VideoRequest
 from wan_grpc.domain.variants import Expert
 from wan_grpc.pipeline.device import Stopwatch
 from wan_grpc.pipeline.experts import Choice, choose
+from wan_grpc.pipeline.image import Condition
 from wan_grpc.pipeline.schedule import Schedule
 from wan_grpc.pipeline.transformer import WanTransformer
 
@@ -32,6 +33,7 @@ def denoise(
     *,
     video: VideoRequest,
     prompts: Prompts,
+    condition: Condition,
     schedule: Schedule,
     transformers: Mapping[Expert, WanTransformer],
     on_step: Callable[[Progress], None],
@@ -45,7 +47,14 @@ def denoise(
     for index, timestep in enumerate(schedule.timesteps):
         watch = Stopwatch(latents.device)
         choice = choose(video, timestep, num_train_timesteps=schedule.num_train_timesteps)
-        noise = predict(transformers[choice.expert], latents, schedule.device_timesteps[index], prompts, choice)
+        noise = predict(
+            transformers[choice.expert],
+            latents,
+            schedule.device_timesteps[index],
+            prompts=prompts,
+            condition=condition,
+            choice=choice,
+        )
         latents = schedule.step(index, noise, latents)
         finished = Progress(
             stage=Stage.DENOISE,
@@ -55,22 +64,29 @@ def denoise(
             step_time_s=watch.finish(),
         )
         on_step(finished)
-    return latents
+    return condition.kept(latents)
 
 
 def predict(
-    transformer: WanTransformer, latents: torch.Tensor, timestep: torch.Tensor, prompts: Prompts, choice: Choice
+    transformer: WanTransformer,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    *,
+    prompts: Prompts,
+    condition: Condition,
+    choice: Choice,
 ) -> torch.Tensor:
     """The flow that one expert sees in the latents, guided away from the negative prompt. [1, C, F, h, w], fp32.
 
     Classifier-free guidance (Ho and Salimans, 2022): uncond + scale * (cond - uncond), in fp32 whatever the experts
     use, because the scale multiplies their rounding errors too.
     """
-    seen = latents.to(transformer.compute_dtype)
-    timestep = timestep.expand(latents.shape[0])
-    conditional = transformer.predict(seen, timestep, prompts.positive).float()
+    seen = condition.shown(latents).to(transformer.compute_dtype)
+    timesteps = condition.timesteps(timestep, latents.shape[2])
+    images = None if condition.embedding is None else condition.embedding.to(transformer.compute_dtype)
+    conditional = transformer.predict(seen, timesteps, prompts.positive, images).float()
     if not choice.is_guided:
         return conditional
     assert prompts.negative is not None, "a guided step needs the negative prompt"
-    unconditional = transformer.predict(seen, timestep, prompts.negative).float()
+    unconditional = transformer.predict(seen, timesteps, prompts.negative, images).float()
     return unconditional + choice.guidance_scale * (conditional - unconditional)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, WanTransformerBlock
 
+from wan_grpc.pipeline.text import NUM_TOKENS
+
 AttentionFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v) -> out, each [B, S, H, D]; S of k and v may differ from that of q. No mask, scale D ** -0.5."""
 
@@ -49,7 +51,7 @@ class SelfAttention:
 
 
 class TextAttention:
-    """Attention of the video tokens to the text."""
+    """Attention of the video tokens to the text and, in transformers that have keys for them, to embedded images."""
 
     def __call__(
         self,
@@ -59,11 +61,23 @@ class TextAttention:
         attention_mask: None = None,
         rotary_emb: None = None,
     ) -> torch.Tensor:
-        """[B, S, inner_dim] and [B, 512, inner_dim] in, [B, S, inner_dim] out."""
+        """[B, S, inner_dim] and [B, n + 512, inner_dim] in, n tokens of images first; [B, S, inner_dim] out."""
+        num_image_tokens = 0 if attn.add_k_proj is None else encoder_hidden_states.shape[1] - NUM_TOKENS
+        text = encoder_hidden_states[:, num_image_tokens:]
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
-        return _project_out(attn, torch_attention(query, key, value))
+        key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(text).unflatten(2, (attn.heads, -1))
+        attended = torch_attention(query, key, value)
+        if num_image_tokens:
+            attended = attended + self._attend_images(attn, query, encoder_hidden_states[:, :num_image_tokens])
+        return _project_out(attn, attended)
+
+    def _attend_images(self, attn: WanAttention, query: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        assert attn.add_k_proj is not None
+        assert attn.add_v_proj is not None
+        key = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, (attn.heads, -1))
+        value = attn.add_v_proj(image).unflatten(2, (attn.heads, -1))
+        return torch_attention(query, key, value)
 
 
 def _project_out(attn: WanAttention, attended: torch.Tensor) -> torch.Tensor:
@@ -96,12 +110,21 @@ class WanTransformer(WanTransformer3DModel):
             block.attn1.set_processor(SelfAttention(attention))  # type: ignore[arg-type]  # its type lists diffusers' own
             block.attn2.set_processor(TextAttention())  # type: ignore[arg-type]
 
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """The flow at `timestep` [B] in `latents` [B, C, F, h, w], given `text` [B, 512, text_dim]. Shaped as latents.
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        images: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The flow at `timestep` in `latents` [B, C, F, h, w], given `text` [B, 512, text_dim]: [B, C_out, F, h, w].
+
+        timestep: [B], or [B, n] where the tokens fall into n equal runs, one after the other, each with its own.
+        images: embedded, [n, num_tokens, image_dim], for transformers that have an `image_dim`.
 
         Goes through the module's own call, so that hooks and wrappers put around it take part.
         """
-        output: torch.Tensor = self(latents, timestep, text, return_dict=False)[0]
+        output: torch.Tensor = self(latents, timestep, text, images, return_dict=False)[0]
         return output
 
     def forward(  # noqa: PLR0917 (the signature of diffusers)
@@ -116,18 +139,42 @@ class WanTransformer(WanTransformer3DModel):
         """See `predict`. The signature is that of diffusers, which its pipelines and caches rely on.
 
         Raises:
-            ValueError: an image embedding or attention arguments, which text-to-video does not have.
+            ValueError: attention arguments, or an image embedding for a transformer that has no use for one, or none
+                for one that has.
         """
-        if encoder_hidden_states_image is not None or attention_kwargs:
-            raise ValueError("encoder_hidden_states_image and attention_kwargs are not served by this transformer")
+        if attention_kwargs:
+            raise ValueError("attention_kwargs are not served by this transformer")
+        if (encoder_hidden_states_image is None) != (self.condition_embedder.image_embedder is None):
+            raise ValueError("encoder_hidden_states_image goes with transformers that have an image_dim, and only them")
         positions: RotaryEmbedding = self.rope(hidden_states)
-        temb, modulation, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
-        modulation = modulation.unflatten(1, (6, -1))
         tokens = self.to_tokens(hidden_states)
+        temb, modulation, context = self._embed_conditions(
+            timestep, encoder_hidden_states, encoder_hidden_states_image, num_tokens=tokens.shape[1]
+        )
         for block in self.blocks:
-            tokens = block(tokens, text, modulation, positions)
+            tokens = block(tokens, context, modulation, positions)
         output = self.to_latents(tokens, temb, hidden_states.shape)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _embed_conditions(
+        self, timestep: torch.Tensor, text: torch.Tensor, images: torch.Tensor | None, *, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Time [B, n, inner_dim], modulation, and what is attended to, [B, m, inner_dim].
+
+        The modulation is as blocks take it: [B, 6, inner_dim], or [B, S, 6, inner_dim] if tokens differ in timestep.
+        Each run of tokens is embedded once: a row of its own for each of 27,280 tokens costs 20 ms a forward.
+        """
+        num_runs = timestep.shape[1] if timestep.ndim == 2 else None
+        temb, modulation, context, image_context = self.condition_embedder(
+            timestep.flatten(), text, images, timestep_seq_len=num_runs
+        )
+        modulation = modulation.unflatten(-1, (6, -1))
+        if image_context is not None:
+            context = torch.cat([image_context, context], dim=1)
+        if num_runs is None:
+            return temb.unsqueeze(1), modulation, context
+        temb, modulation = (rows.repeat_interleave(num_tokens // num_runs, dim=1) for rows in (temb, modulation))
+        return temb, modulation, context
 
     def to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, C, F, h, w] -> [B, S, inner_dim], one token for each patch, frame by frame, row by row."""
@@ -135,8 +182,8 @@ class WanTransformer(WanTransformer3DModel):
         return embedded.flatten(2).transpose(1, 2).contiguous()
 
     def to_latents(self, tokens: torch.Tensor, temb: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """[B, S, inner_dim] -> [B, C_out, F, h, w] with F, h, w of `shape`; temb is [B, inner_dim]."""
-        shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+        """[B, S, inner_dim] -> [B, C_out, F, h, w] with F, h, w of `shape`; temb is [B, 1 or S, inner_dim]."""
+        shift, scale = (self.scale_shift_table + temb.unsqueeze(2)).unbind(2)
         tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
         patches: torch.Tensor = self.proj_out(tokens)
         time, rows, columns = self.config["patch_size"]

@@ -1,4 +1,4 @@
-"""One video from start to end on one device: text, noise, denoising, decoding.
+"""One video from start to end on one device: text, images, noise, denoising, decoding.
 
 Knows the order of the stages and reports each. Does not know who asked, nor where the pictures go.
 """
@@ -17,6 +17,8 @@ from wan_grpc.pipeline import decode
 from wan_grpc.pipeline.denoise import Prompts, denoise
 from wan_grpc.pipeline.device import Stopwatch
 from wan_grpc.pipeline.experts import is_guided
+from wan_grpc.pipeline.image import Condition, ImageConditioner
+from wan_grpc.pipeline.image_encoder import ImageEncoder
 from wan_grpc.pipeline.latents import draw_noise, latent_shape
 from wan_grpc.pipeline.schedule import Schedule
 from wan_grpc.pipeline.text import TextEncoder
@@ -35,18 +37,36 @@ class VideoPipeline:
         scheduler_config: Mapping[str, Any],
         device: torch.device,
         attention_name: str,
+        image_encoder: ImageEncoder | None = None,
+        expand_timesteps: bool = False,
     ) -> None:
+        """See the parts' own classes.
+
+        transformers: the high-noise expert alone, or both.
+        image_encoder: None for checkpoints that have none.
+        expand_timesteps: whether tokens have timesteps of their own, so that an image can stand among them (TI2V).
+        """
         self.text_encoder = text_encoder
         self.transformers = transformers
         self.vae = vae
         self.device = device
         self.attention_name = attention_name
         self.scheduler_config = scheduler_config
+        self.image_encoder = image_encoder
+        self._conditioner = ImageConditioner(
+            vae,
+            keeps_first=expand_timesteps,
+            image_encoder=image_encoder if self._embeds_images else None,
+        )
 
     @property
     def dtype_name(self) -> str:
         """What the experts compute in, e.g. `bfloat16`."""
         return str(self.transformers[Expert.HIGH_NOISE].compute_dtype).removeprefix("torch.")
+
+    @property
+    def _embeds_images(self) -> bool:
+        return self.transformers[Expert.HIGH_NOISE].config["image_dim"] is not None
 
     def generate(
         self, video: VideoRequest, *, frames: InputFrames = InputFrames(), on_step: Callable[[Progress], None]
@@ -57,12 +77,15 @@ class VideoPipeline:
         on_step: called with step 0 when a stage starts and then whenever the device has finished a step of it. What it
             raises ends the video at once; nothing of it stays behind, and the next video is not affected.
         """
-        latents = self.latents(video, on_step=on_step)
+        latents = self.latents(video, frames=frames, on_step=on_step)
         yield from decode.frames(self.vae, latents, on_step=on_step)
 
-    def latents(self, video: VideoRequest, *, on_step: Callable[[Progress], None]) -> torch.Tensor:
+    def latents(
+        self, video: VideoRequest, *, frames: InputFrames = InputFrames(), on_step: Callable[[Progress], None]
+    ) -> torch.Tensor:
         """The denoised latents of `video`, [1, C, F, h, w], fp32 on the device."""
         prompts = self._encode(video, on_step)
+        condition: Condition = self._conditioner.condition(video, frames, on_step=on_step)
         schedule = Schedule(
             self.scheduler_config,
             flow_shift=video.flow_shift,
@@ -73,6 +96,7 @@ class VideoPipeline:
             self._noise(video),
             video=video,
             prompts=prompts,
+            condition=condition,
             schedule=schedule,
             transformers=self.transformers,
             on_step=on_step,
