@@ -91,7 +91,7 @@ _IMAGE_ENCODER: Final[Configs] = {
 def make_tiny_model(directory: Path, *, task: Task = Task.TEXT_TO_VIDEO, with_image_encoder: bool = False) -> None:
     """Write a checkpoint for `task` into `directory`, which is made if need be: the same bytes every time.
 
-    with_image_encoder: for image-to-video, one that reads its image through CLIP too, and has one expert, as Wan2.1 has.
+    with_image_encoder: for image-to-video, one expert that sees its image through CLIP too, as Wan2.1 has it.
 
     Raises:
         UnusableModelError: `directory` holds something already.

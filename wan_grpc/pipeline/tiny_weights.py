@@ -70,7 +70,9 @@ def _smooth(vae: AutoencoderKLWan) -> None:
     for name, parameter in vae.named_parameters():
         if parameter.ndim > 2 and name.endswith("weight"):
             parameter.data.copy_(_blurring(parameter.data))
-    vae.decoder.conv_out.weight.data.mul_(_CONTRAST)
+    last = vae.decoder.conv_out.weight.data.mul_(_CONTRAST)
+    pixels = last.unflatten(0, (3, -1))  # each colour of the pixels of a patch, of which there may be but one
+    pixels.copy_(pixels[:, :1].expand_as(pixels).clone())
 
 
 def _blurring(weight: torch.Tensor) -> torch.Tensor:
