@@ -32,7 +32,7 @@ _COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "serve": "start a server and run until it is told to stop",
         "generate": "generate one video without a server",
         "models": "print what a running server can do",
-        "make-tiny-model": "write the embedded model to a directory",
+        "make-tiny-model": "write a tiny checkpoint to a directory",
         "version": "print the version",
     }
 )
@@ -169,7 +169,7 @@ def _models(settings: "ModelsSettings") -> int:
 def _make_tiny_model(settings: "MakeTinyModelSettings") -> int:
     from wan_grpc.pipeline.tiny import make_tiny_model
 
-    make_tiny_model(settings.directory)
+    make_tiny_model(settings.directory, task=settings.task)
     print(f"{settings.directory}: `wan-grpc serve --model-path {shlex.quote(str(settings.directory))}` serves it")
     return DONE
 

@@ -23,9 +23,11 @@ from pydantic_settings import (
 )
 
 from wan_grpc.domain.formats import OutputFormat
+from wan_grpc.domain.variants import Limits, Task
 
 ENV_PREFIX: Final = "WAN_GRPC_"
 OFF: Final = -1
+LIMITS: Final = Limits()
 NOT_YET: Final = frozenset(
     {
         "dit_cpu_offload",
@@ -144,9 +146,9 @@ class RankSettings(Settings):
         3, "the process ends when the ranks fail to start this often within the window", group="model and ranks"
     )
     failed_start_window_s: Seconds = _setting(600.0, "the window of --max-failed-starts", group="model and ranks")
-    max_area: Count = _setting(1280 * 720, "most pixels of a frame", group="limits of a request")
-    max_num_frames: Count = _setting(161, "most frames of a video", group="limits of a request")
-    max_inference_steps: Count = _setting(200, "most denoising steps of a video", group="limits of a request")
+    max_area: Count = _setting(LIMITS.max_area, "most pixels of a frame", group="limits of a request")
+    max_num_frames: Count = _setting(LIMITS.max_num_frames, "most frames of a video", group="limits of a request")
+    max_inference_steps: Count = _setting(LIMITS.max_inference_steps, "most denoising steps of a video", group="limits of a request")
     cache_dir: ExpandedPath = _setting(
         Path("~/.cache/wan-grpc"), "directory in which the embedded model is kept once it is made", group="storage"
     )
@@ -242,11 +244,16 @@ class ModelsSettings(Settings):
 
 
 class MakeTinyModelSettings(Settings):
-    """Write the embedded model, a tiny checkpoint with random weights in the published layout, to a directory."""
+    """Write a tiny checkpoint with random weights, in the published layout of a task's model, to a directory."""
 
     command = "make-tiny-model"
 
     directory: CliPositionalArg[ExpandedPath] = Field(description="a new or empty directory")
+    task: Task = _setting(
+        Task.TEXT_TO_VIDEO,
+        "of the model: t2v is the embedded one, i2v makes videos from images, ti2v from text with or without an image",
+        group="model",
+    )
 
 
 COMMANDS: Final[tuple[type[Settings], ...]] = (ServeSettings, GenerateSettings, ModelsSettings, MakeTinyModelSettings)

@@ -243,6 +243,9 @@ def _image_violations(
     if request.last_image is not None and not card.takes_last_image:
         sentence = "this model takes no last image"
         yield Violation(field="spec.last_image", description=sentence, reason="DOES_NOT_APPLY")
+    elif request.last_image is None and card.needs_last_image:
+        sentence = "this model makes a video from its first to its last image, which must be given"
+        yield Violation(field="spec.last_image", description=sentence, reason="REQUIRED")
     elif request.last_image is not None and video.num_frames == 1:
         sentence = "a video of one frame has no last image beside its first"
         yield Violation(field="spec.last_image", description=sentence, reason="DOES_NOT_APPLY")

@@ -39,10 +39,10 @@ class Defaults:
 class Limits:
     """Largest values that a server accepts; options of the server, visible in GetModel."""
 
-    max_area: int
+    max_area: int = 1280 * 720
     """Pixels of one frame."""
-    max_num_frames: int
-    max_inference_steps: int
+    max_num_frames: int = 161
+    max_inference_steps: int = 200
     max_prompt_bytes: int = 16384
     max_image_bytes: int = 8 * 1024 * 1024
     """Of one input image, as a file."""
@@ -73,6 +73,8 @@ class ModelCard:
     formats: tuple[OutputFormat, ...] = tuple(OutputFormat)
     takes_last_image: bool = False
     """Whether a video may be made from its first to its last image."""
+    needs_last_image: bool = False
+    """Whether it cannot be made otherwise."""
 
     @property
     def takes_image(self) -> bool:

@@ -16,7 +16,7 @@ from wan_grpc.pipeline.published import T2V_A14B_CONFIGS, T2V_A14B_ID
 
 DUMMY: Final = "dummy"
 LOAD_FORMATS: Final = ("auto", DUMMY)
-DEFAULT_LIMITS: Final = Limits(max_area=1280 * 720, max_num_frames=161, max_inference_steps=200)
+DEFAULT_LIMITS: Final = Limits()
 EXTRA_NAME: Final = "wan_grpc.json"
 """A file beside model_index.json in which a checkpoint may carry defaults of its own."""
 
