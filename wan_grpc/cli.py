@@ -167,9 +167,10 @@ def _models(settings: "ModelsSettings") -> int:
 
 
 def _make_tiny_model(settings: "MakeTinyModelSettings") -> int:
+    from wan_grpc.domain.variants import Task
     from wan_grpc.pipeline.tiny import make_tiny_model
 
-    make_tiny_model(settings.directory, task=settings.task)
+    make_tiny_model(settings.directory, task=Task(settings.task))
     print(f"{settings.directory}: `wan-grpc serve --model-path {shlex.quote(str(settings.directory))}` serves it")
     return DONE
 

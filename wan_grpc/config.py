@@ -23,7 +23,7 @@ from pydantic_settings import (
 )
 
 from wan_grpc.domain.formats import OutputFormat
-from wan_grpc.domain.variants import Limits, Task
+from wan_grpc.domain.variants import Limits
 
 ENV_PREFIX: Final = "WAN_GRPC_"
 OFF: Final = -1
@@ -148,7 +148,9 @@ class RankSettings(Settings):
     failed_start_window_s: Seconds = _setting(600.0, "the window of --max-failed-starts", group="model and ranks")
     max_area: Count = _setting(LIMITS.max_area, "most pixels of a frame", group="limits of a request")
     max_num_frames: Count = _setting(LIMITS.max_num_frames, "most frames of a video", group="limits of a request")
-    max_inference_steps: Count = _setting(LIMITS.max_inference_steps, "most denoising steps of a video", group="limits of a request")
+    max_inference_steps: Count = _setting(
+        LIMITS.max_inference_steps, "most denoising steps of a video", group="limits of a request"
+    )
     cache_dir: ExpandedPath = _setting(
         Path("~/.cache/wan-grpc"), "directory in which the embedded model is kept once it is made", group="storage"
     )
@@ -249,8 +251,8 @@ class MakeTinyModelSettings(Settings):
     command = "make-tiny-model"
 
     directory: CliPositionalArg[ExpandedPath] = Field(description="a new or empty directory")
-    task: Task = _setting(
-        Task.TEXT_TO_VIDEO,
+    task: Literal["t2v", "i2v", "ti2v"] = _setting(
+        "t2v",
         "of the model: t2v is the embedded one, i2v makes videos from images, ti2v from text with or without an image",
         group="model",
     )
