@@ -13,6 +13,8 @@ from wan_grpc.domain.errors import Violation
 
 MIN_BITRATE_BPS: Final = 10_000
 MAX_BITRATE_BPS: Final = 200_000_000
+QUALITIES: Final = (1, 100)
+"""Least and most, of every format that has this option."""
 MAX_SIDE: Final = 16384
 """Pixels of a side that H.264 encoders take."""
 
@@ -140,7 +142,7 @@ def encoding_violations(encoding: Encoding, output_format: OutputFormat) -> Iter
     yield from _option("crf", encoding.crf, output_format, None if rule.crf is None else (least, most))
     bitrates = None if rule.crf is None else (MIN_BITRATE_BPS, MAX_BITRATE_BPS)
     yield from _option("bitrate_bps", encoding.bitrate_bps, output_format, bitrates)
-    qualities = None if rule.default_quality is None else (1, 100)
+    qualities = None if rule.default_quality is None else QUALITIES
     yield from _option("quality", encoding.quality, output_format, qualities)
     if encoding.crf is not None and encoding.bitrate_bps is not None:
         sentence = "crf and bitrate_bps exclude each other"

@@ -5,14 +5,16 @@ Knows both vocabularies. Does not know what a model allows: domain/request.py do
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import google_crc32c
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from wan_grpc.domain.errors import Failure, InvalidRequestError, NotSupportedError, Violation
+from wan_grpc.domain.errors import Failure, InvalidRequestError, Violation
 from wan_grpc.domain.events import (
     Accepted,
     Chunk,
@@ -31,9 +33,10 @@ from wan_grpc.domain.events import (
     State,
     VideoInfo,
 )
-from wan_grpc.domain.formats import OutputFormat
-from wan_grpc.domain.request import UNLIMITED_S, GenerationRequest, VideoRequest, resolve
-from wan_grpc.domain.variants import Expert, ModelCard
+from wan_grpc.domain.formats import Encoding, OutputFormat, PixelFormat
+from wan_grpc.domain.images import ImageFit
+from wan_grpc.domain.request import UNLIMITED_S, GenerationRequest, VideoRequest
+from wan_grpc.domain.variants import Expert
 from wan_grpc.rpc.errors import code_number
 from wan_grpc.rpc.unserved import UNSERVED_FIELDS
 from wan_grpc.v1 import generation_pb2 as pb
@@ -45,6 +48,7 @@ EXPERTS: Mapping[Expert, pb.Expert] = MappingProxyType(
 STAGES: Mapping[Stage, pb.Stage] = MappingProxyType(
     {
         Stage.TEXT: pb.STAGE_TEXT,
+        Stage.IMAGE: pb.STAGE_IMAGE,
         Stage.DENOISE: pb.STAGE_DENOISE,
         Stage.DECODE: pb.STAGE_DECODE,
         Stage.ENCODE: pb.STAGE_ENCODE,
@@ -62,7 +66,35 @@ STATES: Mapping[State, pb.GenerationState] = MappingProxyType(
 OUTPUT_FORMATS: Mapping[OutputFormat, pb.OutputFormat] = MappingProxyType(
     {
         OutputFormat.MP4_H264: pb.OUTPUT_FORMAT_MP4_H264,
+        OutputFormat.MP4_H264_PROGRESSIVE: pb.OUTPUT_FORMAT_MP4_H264_PROGRESSIVE,
+        OutputFormat.MP4_H265: pb.OUTPUT_FORMAT_MP4_H265,
+        OutputFormat.WEBM_VP9: pb.OUTPUT_FORMAT_WEBM_VP9,
+        OutputFormat.WEBM_AV1: pb.OUTPUT_FORMAT_WEBM_AV1,
+        OutputFormat.MKV_FFV1: pb.OUTPUT_FORMAT_MKV_FFV1,
         OutputFormat.RAW_RGB24: pb.OUTPUT_FORMAT_RAW_RGB24,
+        OutputFormat.WEBP_ANIMATION: pb.OUTPUT_FORMAT_WEBP_ANIMATION,
+        OutputFormat.GIF: pb.OUTPUT_FORMAT_GIF,
+        OutputFormat.PNG: pb.OUTPUT_FORMAT_PNG,
+        OutputFormat.JPEG: pb.OUTPUT_FORMAT_JPEG,
+        OutputFormat.WEBP: pb.OUTPUT_FORMAT_WEBP,
+    }
+)
+PIXEL_FORMATS: Mapping[PixelFormat, pb.PixelFormat] = MappingProxyType(
+    {
+        PixelFormat.YUV420P: pb.PIXEL_FORMAT_YUV420P,
+        PixelFormat.YUV422P: pb.PIXEL_FORMAT_YUV422P,
+        PixelFormat.YUV444P: pb.PIXEL_FORMAT_YUV444P,
+        PixelFormat.YUV420P10: pb.PIXEL_FORMAT_YUV420P10,
+        PixelFormat.YUV444P10: pb.PIXEL_FORMAT_YUV444P10,
+        PixelFormat.RGB24: pb.PIXEL_FORMAT_RGB24,
+    }
+)
+IMAGE_FITS: Mapping[ImageFit, pb.ImageFit] = MappingProxyType(
+    {
+        ImageFit.COVER: pb.IMAGE_FIT_COVER,
+        ImageFit.CONTAIN: pb.IMAGE_FIT_CONTAIN,
+        ImageFit.STRETCH: pb.IMAGE_FIT_STRETCH,
+        ImageFit.EXACT: pb.IMAGE_FIT_EXACT,
     }
 )
 _NAME = re.compile(r"generations/[A-Za-z0-9._-]{1,64}")
@@ -80,34 +112,46 @@ _COPIED_FIELDS = (
     "flow_shift",
     "boundary_ratio",
     "seed",
+    "image",
+    "last_image",
 )
+_MAX_STATES = 100
 T = TypeVar("T")
 R = TypeVar("R")
+Word = TypeVar("Word", bound=StrEnum)
 
 
 # ---- messages to values ---------------------------------------------------------------------------------------------
 
 
-def to_domain(message: GenerateRequest | CreateGenerationRequest, card: ModelCard) -> GenerationRequest:
-    """The request that a message makes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a message asks for, as far as a value can say it."""
 
-    Raises:
-        NotSupportedError: naming every field whose behaviour this server does not have.
-        InvalidRequestError: naming every field that breaks a rule, those of `card` included.
-    """
+    request: GenerationRequest
+    found: tuple[Violation, ...]
+    """What the message says and no value can: words that are none, and what this server does not serve."""
+
+
+def to_domain(message: GenerateRequest | CreateGenerationRequest) -> Asked:
+    """The request that a message makes, and what is wrong with it beside the rules for values."""
     spec = message.spec
-    _refuse_unserved(spec)
+    found: list[Violation] = list(_unserved(spec))
+    output_format = _word(spec.output_format, OUTPUT_FORMATS, "spec.output_format", found)
+    encoding = _to_encoding(spec.encoding, found)
+    if spec.output_format and output_format is None:
+        encoding = Encoding()  # there is no format to judge it by
     request = GenerationRequest(
         prompt=spec.prompt,
-        output_format=_output_format(spec.output_format),
+        image_fit=_word(spec.image_fit, IMAGE_FITS, "spec.image_fit", found),
+        output_format=output_format,
+        encoding=encoding,
         request_id=message.request_id.lower() or None,  # the letters of a UUID have no case
-        max_duration_s=_seconds(spec.max_duration) if spec.HasField("max_duration") else None,
-        detach_grace_s=_detach_grace_s(spec),
+        max_duration_s=_duration_s(spec, "max_duration", found),
+        detach_grace_s=UNLIMITED_S if spec.detach_unlimited else _duration_s(spec, "detach_grace", found),
         **{name: getattr(spec, name) for name in _COPIED_FIELDS if spec.HasField(name)},
     )
-    if violations := tuple(_wire_violations(spec)):
-        raise InvalidRequestError((*violations, *_further_violations(request, card, violations)))
-    return request
+    return Asked(request=request, found=tuple(found))
 
 
 def check_name(name: str) -> str:
@@ -127,7 +171,10 @@ def check_not_negative(**values: int) -> None:
 
 
 def to_states(values: Collection[int]) -> frozenset[State]:
-    """Raises: InvalidRequestError: for numbers that are no state."""
+    """Raises: InvalidRequestError: for numbers that are no state, and for more than anybody can mean."""
+    if len(values) > _MAX_STATES:
+        sentence = f"{len(values)} states; at most {_MAX_STATES}"
+        raise InvalidRequestError((_violation("states", sentence, "TOO_MANY"),))
     known: dict[int, State] = {wire: state for state, wire in STATES.items()}
     wrong = tuple(
         _violation(f"states[{index}]", f"{value} is not a state", "UNKNOWN_VALUE")
@@ -139,43 +186,41 @@ def to_states(values: Collection[int]) -> frozenset[State]:
     return frozenset(known[value] for value in values)
 
 
-def _refuse_unserved(spec: pb.GenerationSpec) -> None:
-    said = {f"spec.{field.name}" for field, value in spec.ListFields() if _says_something(value)}
-    fields = tuple(path for path in UNSERVED_FIELDS if path in said)
-    sentences = [f"{path}: {UNSERVED_FIELDS[path]}" for path in fields]
-    number = spec.output_format
-    if number in pb.OutputFormat.values() and number not in (*OUTPUT_FORMATS.values(), pb.OUTPUT_FORMAT_UNSPECIFIED):
-        fields += ("spec.output_format",)
-        sentences.append(f"spec.output_format: this server does not serve {pb.OutputFormat.Name(number)}")
-    if fields:
-        raise NotSupportedError("; ".join(sentences), fields=fields)
+def _unserved(spec: pb.GenerationSpec) -> Iterator[Violation]:
+    """Fields that say something; zero, the empty string and the empty list mean what an unset field does."""
+    said = {f"spec.{field.name}" for field, value in spec.ListFields() if value}
+    for path, sentence in UNSERVED_FIELDS.items():
+        if path in said:
+            yield _violation(path, sentence, "NOT_SERVED")
 
 
-def _says_something(value: Any) -> bool:
-    """False for values that mean what an unset field does: zero, the empty string, a message without fields."""
-    if isinstance(value, bytes):
-        return True
-    return bool(value.ListFields()) if hasattr(value, "ListFields") else bool(value)
+def _word(number: int, words: Mapping[Word, int], field: str, found: list[Violation]) -> Word | None:
+    """The value for the number of an enum; None for 0, and for a number that is none, which is then told in `found`."""
+    word = next((ours for ours, wire in words.items() if wire == number), None)
+    if word is None and number != 0:
+        found.append(_violation(field, f"{number} is none of its values", "UNKNOWN_VALUE"))
+    return word
 
 
-def _output_format(number: int) -> OutputFormat | None:
-    return next((ours for ours, wire in OUTPUT_FORMATS.items() if wire == number), None)
+def _to_encoding(options: pb.EncodingOptions, found: list[Violation]) -> Encoding:
+    rate_control = options.WhichOneof("rate_control")
+    return Encoding(
+        crf=options.crf if rate_control == "crf" else None,
+        bitrate_bps=options.bitrate_bps if rate_control == "bitrate_bps" else None,
+        quality=options.quality if options.HasField("quality") else None,
+        pixel_format=_word(options.pixel_format, PIXEL_FORMATS, "spec.encoding.pixel_format", found),
+    )
 
 
-def _detach_grace_s(spec: pb.GenerationSpec) -> float | None:
-    if spec.HasField("detach_grace"):
-        return _seconds(spec.detach_grace)
-    return UNLIMITED_S if spec.detach_unlimited else None
-
-
-def _wire_violations(spec: pb.GenerationSpec) -> Iterator[Violation]:
-    if spec.output_format not in pb.OutputFormat.values():
-        yield _violation("spec.output_format", f"{spec.output_format} is not an output format", "UNKNOWN_VALUE")
-    for name in ("max_duration", "detach_grace"):
-        value: Duration = getattr(spec, name)
-        if not _is_duration(value):
-            sentence = f"{value.seconds} s and {value.nanos} ns are not a duration of google.protobuf"
-            yield _violation(f"spec.{name}", sentence, "NOT_A_DURATION")
+def _duration_s(spec: pb.GenerationSpec, name: str, found: list[Violation]) -> float | None:
+    if not spec.HasField(name):
+        return None
+    value: Duration = getattr(spec, name)
+    if _is_duration(value):
+        return value.seconds + value.nanos / 1e9
+    sentence = f"{value.seconds} s and {value.nanos} ns are not a duration of google.protobuf"
+    found.append(_violation(f"spec.{name}", sentence, "NOT_A_DURATION"))
+    return None
 
 
 def _is_duration(value: Duration) -> bool:
@@ -183,24 +228,8 @@ def _is_duration(value: Duration) -> bool:
     return same_sign and abs(value.seconds) <= _MAX_DURATION_S and abs(value.nanos) < 1_000_000_000
 
 
-def _further_violations(
-    request: GenerationRequest, card: ModelCard, told: tuple[Violation, ...]
-) -> tuple[Violation, ...]:
-    """What the model's own rules would refuse too, so that the caller hears of everything in one answer."""
-    try:
-        resolve(request, card, fallback_seed=0)
-    except InvalidRequestError as error:
-        fields = {violation.field for violation in told}
-        return tuple(violation for violation in error.violations if violation.field not in fields)
-    return ()
-
-
 def _violation(field: str, description: str, reason: str) -> Violation:
     return Violation(field=field, description=description, reason=reason)
-
-
-def _seconds(value: Duration) -> float:
-    return value.seconds + value.nanos / 1e9
 
 
 # ---- values to messages ---------------------------------------------------------------------------------------------
@@ -273,7 +302,11 @@ def to_resolved(video: VideoRequest, max_duration_s: float | None, detach_grace_
         flow_shift=video.flow_shift,
         boundary_ratio=video.boundary_ratio,
         seed=video.seed,
+        image_sha256=video.image_sha256,
+        last_image_sha256=video.last_image_sha256,
+        image_fit=None if video.image_fit is None else IMAGE_FITS[video.image_fit],
         output_format=OUTPUT_FORMATS[video.output_format],
+        encoding=_to_encoding_options(video.encoding),
         max_duration=_maybe(to_duration, max_duration_s),
     )
     if detach_grace_s == UNLIMITED_S:
@@ -281,6 +314,16 @@ def to_resolved(video: VideoRequest, max_duration_s: float | None, detach_grace_
     elif detach_grace_s is not None:
         resolved.detach_grace.CopyFrom(to_duration(detach_grace_s))
     return resolved
+
+
+def _to_encoding_options(encoding: Encoding) -> pb.EncodingOptions:
+    """Values that are None stay unset: they do not apply."""
+    return pb.EncodingOptions(
+        crf=encoding.crf,
+        bitrate_bps=encoding.bitrate_bps,
+        quality=encoding.quality,
+        pixel_format=None if encoding.pixel_format is None else PIXEL_FORMATS[encoding.pixel_format],
+    )
 
 
 def to_progress(progress: Progress) -> pb.Progress:

@@ -23,7 +23,7 @@ from wan_grpc.domain.events import State
 
 DOMAIN = "wan-grpc"
 _MAX_MESSAGE_BYTES = 768
-_MAX_SENTENCE_BYTES = 192
+_SENTENCE_BYTES = (192, 96, 48, 24, 0)
 _MAX_DETAILS_BYTES = 3072
 """Trailers travel as base64 and share the 8 KiB that clients allow all metadata of a call."""
 
@@ -102,17 +102,20 @@ def _violations(error: ServiceError) -> tuple[Violation, ...]:
 
 
 def _bad_request(violations: tuple[Violation, ...], room_bytes: int) -> error_details_pb2.BadRequest:
-    """Every field, as long as there is room: trailers that a client refuses would hide them all."""
-    request = error_details_pb2.BadRequest()
-    for violation in violations:
-        request.field_violations.add(
-            field=violation.field,
-            description=_shortened(violation.description, _MAX_SENTENCE_BYTES),
-            reason=violation.reason,
-        )
-        if request.ByteSize() > room_bytes:
-            del request.field_violations[-1]
-            break
+    """Every field, with sentences as long as there is room: trailers that a client refuses would hide them all."""
+    for sentence_bytes in _SENTENCE_BYTES:
+        request = error_details_pb2.BadRequest()
+        for violation in violations:
+            request.field_violations.add(
+                field=violation.field,
+                description=_shortened(violation.description, sentence_bytes),
+                reason=violation.reason,
+            )
+            if request.ByteSize() > room_bytes:
+                break
+        else:
+            return request
+    del request.field_violations[-1]
     return request
 
 
@@ -124,4 +127,6 @@ def _shortened(text: str, max_bytes: int) -> str:
     encoded = text.encode("utf-8", "replace")
     if len(encoded) <= max_bytes:
         return encoded.decode("utf-8")
+    if max_bytes < len("…".encode()):
+        return ""
     return encoded[: max_bytes - 3].decode("utf-8", "ignore") + "…"

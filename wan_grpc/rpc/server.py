@@ -14,6 +14,7 @@ from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from wan_grpc.domain.variants import ModelCard
 from wan_grpc.rpc.calls import CallBoundary
 from wan_grpc.rpc.health import Health
 from wan_grpc.rpc.service import AdapterService, VideoGenerationService
@@ -59,8 +60,11 @@ class ServerOptions:
     """Cut what still runs this long after that; None leaves it alone."""
     max_concurrent_calls: int | None = 1024
     """Calls of the API at once, None for any number. Health checks are not counted."""
-    max_receive_bytes: int = MIB
-    """Largest request: text, whose own limit is far below. Requests with images, which no model takes yet, raise it."""
+    max_receive_bytes: int | None = None
+    """Largest request. None: what texts and images of the model need, and so much more that what is somewhat too large
+    arrives and is refused by the name of its field."""
+    max_held_bytes: int = 512 * MIB
+    """What requests of one kind may hold before they are accepted; further ones wait with their bytes unread."""
     max_send_bytes: int = 4 * MIB
     """Largest reply, which is what clients take by default."""
     drain_window_s: float = 5.0
@@ -82,7 +86,11 @@ class RpcServer:
     def __init__(self, engine: "Engine", options: ServerOptions) -> None:
         self._engine = engine
         self._options = options
-        self._boundary = CallBoundary(max_calls=options.max_concurrent_calls)
+        self._receive_bytes = options.max_receive_bytes or largest_request_bytes(engine.card)
+        self._boundary = CallBoundary(
+            max_calls=options.max_concurrent_calls,
+            max_held=max(1, options.max_held_bytes // self._receive_bytes),
+        )
         self._health = Health(OUR_SERVICES)
         self._videos = VideoGenerationService(engine)
         self._server: grpc.aio.Server | None = None
@@ -96,7 +104,8 @@ class RpcServer:
         Raises:
             OSError: the address cannot be had.
         """
-        server = grpc.aio.server(interceptors=(self._boundary,), options=_channel_options(self._options))
+        options = _channel_options(self._options, self._receive_bytes)
+        server = grpc.aio.server(interceptors=(self._boundary,), options=options)
         self._add_services(server)
         self.port = _listen(server, self._options.host, self._options.port)
         await self._health.begin()
@@ -148,6 +157,12 @@ class RpcServer:
         await asyncio.wait({self._following})
 
 
+def largest_request_bytes(card: ModelCard) -> int:
+    """What a request for this model may need, twice: what is beyond that, grpc refuses without naming a field."""
+    images_bytes = 2 * card.limits.max_image_bytes if card.takes_image else 0
+    return MIB + 2 * (images_bytes + 2 * card.limits.max_prompt_bytes)
+
+
 def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
@@ -156,7 +171,7 @@ def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
         raise OSError(f"cannot listen on {address}: is it in use, or not an address of this machine?") from error
 
 
-def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
+def _channel_options(options: ServerOptions, receive_bytes: int) -> list[tuple[str, int]]:
     maybe_s = {
         "grpc.max_connection_age_ms": options.max_connection_age_s,
         "grpc.max_connection_age_grace_ms": options.max_connection_age_grace_s,
@@ -168,7 +183,7 @@ def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _ms(options.min_ping_interval_s)),
-        ("grpc.max_receive_message_length", options.max_receive_bytes),
+        ("grpc.max_receive_message_length", receive_bytes),
         ("grpc.max_send_message_length", options.max_send_bytes),
         *((key, _ms(value)) for key, value in maybe_s.items() if value is not None),
     ]

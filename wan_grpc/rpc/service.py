@@ -28,7 +28,7 @@ from wan_grpc.rpc.convert import (
     to_states,
 )
 from wan_grpc.rpc.errors import UnsuccessfulEndError
-from wan_grpc.rpc.unserved import UNSERVED_METHODS
+from wan_grpc.rpc.unserved import UNSERVED_FIELDS, UNSERVED_METHODS
 from wan_grpc.v1 import adapter_service_pb2 as adapters
 from wan_grpc.v1 import video_generation_service_pb2 as pb
 from wan_grpc.v1.adapter_service_pb2_grpc import AdapterServiceServicer
@@ -59,7 +59,8 @@ class VideoGenerationService(VideoGenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         deadline = Deadline(context)
-        generation = await deadline.meet(self._engine.submit(to_domain(request, self._engine.card), watched=True))
+        generation = await deadline.meet(self._submit(request, watched=True))
+        del request  # which may hold large images, and the stream may last for hours
         try:
             await announce(context, generation.name)
             async with aclosing(self._engine.watch(generation.name)) as records:
@@ -75,7 +76,7 @@ class VideoGenerationService(VideoGenerationServiceServicer):
     async def CreateGeneration(
         self, request: pb.CreateGenerationRequest, context: Context
     ) -> pb.CreateGenerationResponse:
-        generation = await self._engine.submit(to_domain(request, self._engine.card), watched=False)
+        generation = await self._submit(request, watched=False)
         await announce(context, generation.name)
         return pb.CreateGenerationResponse(generation=to_generation(generation))
 
@@ -133,6 +134,16 @@ class VideoGenerationService(VideoGenerationServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         return describe(self._engine.card, self._engine.status())
+
+    async def _submit(self, message: pb.GenerateRequest | pb.CreateGenerationRequest, *, watched: bool) -> Generation:
+        asked = to_domain(message)
+        try:
+            return await self._engine.submit(asked.request, watched=watched, found=asked.found)
+        except InvalidRequestError as error:
+            fields = tuple(violation.field for violation in error.violations)
+            if UNSERVED_FIELDS.keys() >= set(fields):  # nothing else is wrong with it
+                raise NotSupportedError(str(error), fields=fields) from None
+            raise
 
     def _expire(self, name: str, deadline: "Deadline") -> None:
         """Tell the engine when the deadline is there. A task of its own, for grpc may cancel a call while it ends."""

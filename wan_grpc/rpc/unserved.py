@@ -5,15 +5,10 @@ from types import MappingProxyType
 
 from wan_grpc.v1.adapter_service_pb2 import DESCRIPTOR as ADAPTER_FILE
 
-_NO_IMAGES = "this server makes videos from text alone"
 _NO_ADAPTERS = "this server loads no adapters"
 
 UNSERVED_FIELDS: Mapping[str, str] = MappingProxyType(
     {
-        "spec.image": _NO_IMAGES,
-        "spec.last_image": _NO_IMAGES,
-        "spec.image_fit": _NO_IMAGES,
-        "spec.encoding": "this server encodes each output format in one fixed way",
         "spec.preview_every_steps": "this server makes no previews",
         "spec.adapters": _NO_ADAPTERS,
         "spec.acceleration_profile": "this server has no acceleration profiles: it always computes exactly",

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 from typing import Any
 
 import google_crc32c
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import CARD, NOON_S
-from wan_grpc.domain.errors import Failure, InvalidRequestError, NotSupportedError, Reason
+from wan_grpc.domain.errors import Failure, InvalidRequestError, Reason
 from wan_grpc.domain.events import (
     Accepted,
     Chunk,
@@ -30,17 +29,19 @@ from wan_grpc.domain.events import (
     State,
     VideoInfo,
 )
-from wan_grpc.domain.formats import OutputFormat
+from wan_grpc.domain.formats import Encoding, OutputFormat, PixelFormat
+from wan_grpc.domain.images import ImageFit
 from wan_grpc.domain.request import UNLIMITED_S, GenerationRequest, VideoRequest, resolve
-from wan_grpc.domain.status import EngineStatus
-from wan_grpc.domain.topology import Topology
 from wan_grpc.domain.variants import Expert, Task
-from wan_grpc.rpc.capabilities import TASKS, describe
+from wan_grpc.rpc.capabilities import TASKS
 from wan_grpc.rpc.convert import (
     EXPERTS,
+    IMAGE_FITS,
     OUTPUT_FORMATS,
+    PIXEL_FORMATS,
     STAGES,
     STATES,
+    Asked,
     check_name,
     check_not_negative,
     to_domain,
@@ -67,6 +68,7 @@ VIDEO = VideoRequest(
     boundary_ratio=0.875,
     seed=2**63 - 1,
     output_format=OutputFormat.MP4_H264,
+    encoding=Encoding(crf=18, pixel_format=PixelFormat.YUV420P),
 )
 RESOLVED = {
     "prompt": "a raccoon",
@@ -82,6 +84,7 @@ RESOLVED = {
     "boundary_ratio": 0.875,
     "seed": "9223372036854775807",
     "output_format": "OUTPUT_FORMAT_MP4_H264",
+    "encoding": {"crf": 18, "pixel_format": "PIXEL_FORMAT_YUV420P"},
 }
 PROGRESS = Progress(stage=Stage.DENOISE, step=3, total_steps=40, expert=Expert.HIGH_NOISE, step_time_s=1.25, eta_s=46.0)
 PROGRESS_TOLD = {
@@ -114,11 +117,13 @@ def as_dict(message: Any) -> dict[str, Any]:
     return told
 
 
-def violations(**spec: Any) -> dict[str, str]:
-    """The fields that a spec is refused for, each with its rule."""
-    with pytest.raises(InvalidRequestError) as refused:
-        to_domain(GenerateRequest(spec=pb.GenerationSpec(**{"prompt": "x", **spec})), CARD)
-    return {violation.field: violation.reason for violation in refused.value.violations}
+def asked(kind: Any = GenerateRequest, /, *, request_id: str = "", **spec: Any) -> Asked:
+    return to_domain(kind(spec=pb.GenerationSpec(**spec), request_id=request_id))
+
+
+def found(**spec: Any) -> dict[str, str]:
+    """The fields in which a spec says what no value can, each with its rule."""
+    return {violation.field: violation.reason for violation in asked(**spec).found}
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -131,9 +136,11 @@ def violations(**spec: Any) -> dict[str, str]:
         (Stage, STAGES, pb.Stage),
         (State, STATES, pb.GenerationState),
         (OutputFormat, OUTPUT_FORMATS, pb.OutputFormat),
+        (PixelFormat, PIXEL_FORMATS, pb.PixelFormat),
+        (ImageFit, IMAGE_FITS, pb.ImageFit),
         (Task, TASKS, pb.Task),
     ],
-    ids=["Expert", "Stage", "State", "OutputFormat", "Task"],
+    ids=lambda word: getattr(word, "__name__", ""),
 )
 def test_every_word_has_one_of_its_own_on_the_wire(ours: Any, table: Any, wire: Any) -> None:
     """Each value of ours has a wire value of the same name, and no two share one."""
@@ -167,6 +174,18 @@ FULL_SPEC: dict[str, Any] = {
         ({"prompt": "x"}, GenerationRequest(prompt="x", request_id="r")),
         (FULL_SPEC, GenerationRequest(request_id="r", **FULL_SPEC)),
         (
+            {"prompt": "x", "image": b"a", "last_image": b"", "image_fit": pb.IMAGE_FIT_STRETCH},
+            GenerationRequest(prompt="x", request_id="r", image=b"a", last_image=b"", image_fit=ImageFit.STRETCH),
+        ),
+        (
+            {"prompt": "x", "encoding": pb.EncodingOptions(crf=0, pixel_format=pb.PIXEL_FORMAT_YUV444P10)},
+            GenerationRequest(prompt="x", request_id="r", encoding=Encoding(crf=0, pixel_format=PixelFormat.YUV444P10)),
+        ),
+        (
+            {"prompt": "x", "encoding": pb.EncodingOptions(bitrate_bps=0, quality=0)},
+            GenerationRequest(prompt="x", request_id="r", encoding=Encoding(bitrate_bps=0, quality=0)),
+        ),
+        (
             {"prompt": "x", "output_format": pb.OUTPUT_FORMAT_RAW_RGB24},
             GenerationRequest(prompt="x", request_id="r", output_format=OutputFormat.RAW_RGB24),
         ),
@@ -191,64 +210,63 @@ FULL_SPEC: dict[str, Any] = {
 )
 def test_requests_say_what_the_message_says(kind: Any, spec: dict[str, Any], expected: GenerationRequest) -> None:
     """Set fields arrive, zero and empty included; unset ones stay open; what judges values is asked later."""
-    assert to_domain(kind(spec=pb.GenerationSpec(**spec), request_id="r"), CARD) == expected
+    assert asked(kind, request_id="r", **spec) == Asked(request=expected, found=())
 
 
 def test_an_empty_request_is_refused_by_the_rules_and_not_by_accident() -> None:
     """A message with nothing in it becomes a request with nothing in it."""
-    assert to_domain(GenerateRequest(), CARD) == GenerationRequest(prompt="")
+    assert to_domain(GenerateRequest()) == Asked(request=GenerationRequest(prompt=""), found=())
 
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
         ({"output_format": 99}, {"spec.output_format": "UNKNOWN_VALUE"}),
+        ({"output_format": -1}, {"spec.output_format": "UNKNOWN_VALUE"}),
+        ({"image_fit": 5}, {"spec.image_fit": "UNKNOWN_VALUE"}),
+        ({"encoding": pb.EncodingOptions(pixel_format=7)}, {"spec.encoding.pixel_format": "UNKNOWN_VALUE"}),
         ({"max_duration": Duration(seconds=1, nanos=-1)}, {"spec.max_duration": "NOT_A_DURATION"}),
         ({"max_duration": Duration(seconds=400_000_000_000)}, {"spec.max_duration": "NOT_A_DURATION"}),
         ({"detach_grace": Duration(nanos=1_000_000_000)}, {"spec.detach_grace": "NOT_A_DURATION"}),
-        (
-            {"prompt": " ", "width": 7, "seed": -1, "output_format": 99, "detach_grace": Duration(seconds=-1, nanos=1)},
-            {
-                "spec.prompt": "REQUIRED",
-                "spec.width": "NOT_A_MULTIPLE",
-                "spec.seed": "OUT_OF_RANGE",
-                "spec.output_format": "UNKNOWN_VALUE",
-                "spec.detach_grace": "NOT_A_DURATION",
-            },
-        ),
+        ({"preview_every_steps": 5}, {"spec.preview_every_steps": "NOT_SERVED"}),
+        ({"adapters": [pb.AdapterUse()]}, {"spec.adapters": "NOT_SERVED"}),
+        ({"acceleration_profile": "fast"}, {"spec.acceleration_profile": "NOT_SERVED"}),
     ],
 )
-def test_what_no_value_can_hold_is_refused_together_with_the_rest(
-    spec: dict[str, Any], expected: dict[str, str]
-) -> None:
-    """What the wire can say and a value cannot is named, together with every rule of the model that is broken."""
-    assert violations(**spec) == expected
+def test_what_no_value_can_hold_is_told_by_its_field(spec: dict[str, Any], expected: dict[str, str]) -> None:
+    """What the wire can say and a value cannot is named, and stays open in the request, so that it is told once."""
+    told = asked(prompt="x", **spec)
+    assert {violation.field: violation.reason for violation in told.found} == expected
+    assert told.request == GenerationRequest(prompt="x")
 
 
-@pytest.mark.parametrize(
-    ("spec", "fields"),
-    [
-        ({"image": b"\x89PNG"}, ("spec.image",)),
-        ({"image": b""}, ("spec.image",)),
-        ({"last_image": b"x"}, ("spec.last_image",)),
-        ({"image_fit": pb.IMAGE_FIT_COVER}, ("spec.image_fit",)),
-        ({"encoding": pb.EncodingOptions(crf=0)}, ("spec.encoding",)),
-        ({"preview_every_steps": 5}, ("spec.preview_every_steps",)),
-        ({"adapters": [pb.AdapterUse(name="adapters/a")]}, ("spec.adapters",)),
-        ({"acceleration_profile": "fast"}, ("spec.acceleration_profile",)),
-        ({"output_format": pb.OUTPUT_FORMAT_WEBM_AV1}, ("spec.output_format",)),
-        (
-            {"width": 7, "image": b"x", "adapters": [pb.AdapterUse()], "output_format": pb.OUTPUT_FORMAT_GIF},
-            ("spec.image", "spec.adapters", "spec.output_format"),
-        ),
-    ],
-)
-def test_what_this_server_has_not_is_refused_by_name(spec: dict[str, Any], fields: tuple[str, ...]) -> None:
-    """A field whose behaviour is not here is never ignored: all of them are named, with a sentence each."""
-    with pytest.raises(NotSupportedError) as refused:
-        to_domain(GenerateRequest(spec=pb.GenerationSpec(**{"prompt": "x", **spec})), CARD)
-    assert refused.value.fields == fields
-    assert all(field in str(refused.value) for field in fields)
+def test_everything_is_told_at_once() -> None:
+    """One wrong word does not hide another."""
+    assert found(
+        image_fit=9,
+        output_format=99,
+        encoding=pb.EncodingOptions(crf=-1, pixel_format=99),
+        preview_every_steps=-1,
+        adapters=[pb.AdapterUse(name="adapters/a")],
+        acceleration_profile="fast",
+        max_duration=Duration(nanos=-(2**31)),
+        detach_grace=Duration(seconds=2**62),
+    ) == {
+        "spec.image_fit": "UNKNOWN_VALUE",
+        "spec.output_format": "UNKNOWN_VALUE",
+        "spec.encoding.pixel_format": "UNKNOWN_VALUE",
+        "spec.preview_every_steps": "NOT_SERVED",
+        "spec.adapters": "NOT_SERVED",
+        "spec.acceleration_profile": "NOT_SERVED",
+        "spec.max_duration": "NOT_A_DURATION",
+        "spec.detach_grace": "NOT_A_DURATION",
+    }
+
+
+def test_options_of_an_unknown_format_are_not_judged() -> None:
+    """What an option means depends on the format, so that one that is unknown takes its options with it."""
+    told = asked(prompt="x", output_format=99, encoding=pb.EncodingOptions(quality=1000))
+    assert told.request == GenerationRequest(prompt="x")
 
 
 def test_every_field_of_a_spec_is_either_served_or_said_not_to_be() -> None:
@@ -259,6 +277,7 @@ def test_every_field_of_a_spec_is_either_served_or_said_not_to_be() -> None:
     assert described - served == set(UNSERVED_FIELDS)
 
 
+ANY_BYTES = st.binary(max_size=40)
 INT32 = st.integers(-(2**31), 2**31 - 1)
 DURATIONS = st.builds(Duration, seconds=st.integers(-(2**63), 2**63 - 1), nanos=INT32)
 ANY_SPEC = st.fixed_dictionaries(
@@ -267,7 +286,16 @@ ANY_SPEC = st.fixed_dictionaries(
         "prompt": st.text(max_size=20),
         "negative_prompt": st.text(max_size=20),
         "seed": st.integers(-(2**63), 2**63 - 1),
-        "image_fit": INT32,
+        "image": ANY_BYTES,
+        "last_image": ANY_BYTES,
+        "image_fit": INT32 | st.sampled_from(pb.ImageFit.values()),
+        "encoding": st.builds(
+            pb.EncodingOptions,
+            crf=INT32,
+            quality=st.none() | INT32,
+            pixel_format=INT32 | st.sampled_from(pb.PixelFormat.values()),
+        )
+        | st.builds(pb.EncodingOptions, bitrate_bps=st.integers(-(2**63), 2**63 - 1)),
         "output_format": INT32 | st.sampled_from(pb.OutputFormat.values()),
         "max_duration": DURATIONS,
         **dict.fromkeys(("width", "height", "num_frames", "num_inference_steps", "fps"), INT32),
@@ -279,21 +307,21 @@ ANY_SPEC = st.fixed_dictionaries(
 def test_the_case_of_a_request_id_does_not_count() -> None:
     """Two spellings of one UUID are one id, and so one generation."""
     upper, lower = "7D9C1F70-4C1E-4B5C-9D5F-0A1B2C3D4E5F", "7d9c1f70-4c1e-4b5c-9d5f-0a1b2c3d4e5f"
-    asked = [GenerateRequest(spec=pb.GenerationSpec(prompt="x"), request_id=spelled) for spelled in (upper, lower)]
-    assert [to_domain(message, CARD) for message in asked] == [GenerationRequest(prompt="x", request_id=lower)] * 2
+    told = [asked(request_id=spelled, prompt="x").request for spelled in (upper, lower)]
+    assert told == [GenerationRequest(prompt="x", request_id=lower)] * 2
 
 
 @given(ANY_SPEC, st.fixed_dictionaries({}, optional={"detach_grace": DURATIONS}), st.text(max_size=40))
 def test_no_message_breaks_the_conversion(spec: dict[str, Any], detach: dict[str, Any], request_id: str) -> None:
     """Whatever a message says is converted and judged, or refused with a sentence; nothing else can happen."""
     message = GenerateRequest(spec=pb.GenerationSpec(**spec, **detach), request_id=request_id)
+    told = to_domain(GenerateRequest.FromString(message.SerializeToString()))
     try:
-        request = to_domain(GenerateRequest.FromString(message.SerializeToString()), CARD)
-        video = resolve(request, CARD, fallback_seed=0)
-    except (InvalidRequestError, NotSupportedError) as refused:
+        video = resolve(told.request, CARD, fallback_seed=0, found=told.found)
+    except InvalidRequestError as refused:
         assert str(refused)
     else:
-        accepted = Accepted(name=NAME, video=video, max_duration_s=request.max_duration_s)
+        accepted = Accepted(name=NAME, video=video, max_duration_s=told.request.max_duration_s)
         assert to_event(NAME, Record(sequence=1, time_s=0, event=accepted)).SerializeToString()
 
 
@@ -326,6 +354,9 @@ def test_states_to_list() -> None:
     with pytest.raises(InvalidRequestError) as refused:
         to_states([pb.GENERATION_STATE_FAILED, 0, 77])
     assert [v.field for v in refused.value.violations] == ["states[1]", "states[2]"]
+    with pytest.raises(InvalidRequestError) as refused:
+        to_states([pb.GENERATION_STATE_FAILED] * 101)
+    assert [(v.field, v.reason) for v in refused.value.violations] == [("states", "TOO_MANY")]
 
 
 # ---- events and resources -------------------------------------------------------------------------------------------
@@ -385,6 +416,28 @@ def test_one_expert_has_no_boundary() -> None:
     """The boundary of a model with one expert is unset, not zero."""
     event = Accepted(name=NAME, video=dataclasses.replace(VIDEO, boundary_ratio=None))
     assert not to_event(NAME, Record(sequence=1, time_s=0, event=event)).accepted.resolved.HasField("boundary_ratio")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"image_sha256": "ab" * 32, "last_image_sha256": "cd" * 32, "image_fit": ImageFit.CONTAIN},
+            {"image_sha256": "ab" * 32, "last_image_sha256": "cd" * 32, "image_fit": "IMAGE_FIT_CONTAIN"},
+        ),
+        (
+            {"encoding": Encoding(crf=0, pixel_format=PixelFormat.YUV422P)},
+            {"encoding": {"crf": 0, "pixel_format": "PIXEL_FORMAT_YUV422P"}},
+        ),
+        ({"encoding": Encoding(bitrate_bps=2**27)}, {"encoding": {"bitrate_bps": "134217728"}}),
+        ({"encoding": Encoding(quality=100)}, {"encoding": {"quality": 100}}),
+    ],
+)
+def test_what_is_resolved_on_the_wire(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Images by their checksums, how they are fitted, and every option that applies to the format."""
+    event = Accepted(name=NAME, video=dataclasses.replace(VIDEO, **changes))
+    told = as_dict(to_event(NAME, Record(sequence=1, time_s=0, event=event)).accepted.resolved)
+    assert told == {**RESOLVED, **expected}
 
 
 def test_a_failure_is_no_event() -> None:
@@ -467,80 +520,5 @@ def test_what_was_accepted_can_be_asked_for_again() -> None:
     """The resolved values, sent as a request, resolve to the very same video."""
     message = to_event(NAME, Record(sequence=1, time_s=0, event=Accepted(name=NAME, video=VIDEO)))
     told = MessageToDict(message.accepted.resolved, preserving_proto_field_name=True)
-    spec = pb.GenerationSpec()
-    for field in told:
-        setattr(spec, field, getattr(message.accepted.resolved, field))
-    assert resolve(to_domain(GenerateRequest(spec=spec), CARD), CARD, fallback_seed=1) == VIDEO
-
-
-# ---- the model ------------------------------------------------------------------------------------------------------
-
-
-def test_the_model_on_the_wire() -> None:
-    """GetModel tells rules, defaults, limits, how the model is run, and every part of the API that is missing."""
-    status = EngineStatus(
-        ready=True,
-        detail="ready",
-        topology=Topology(copies=2),
-        device="cpu",
-        dtype="float32",
-        attention="sdpa",
-        load_format="safetensors",
-        queue_limit=16,
-        num_queued=3,
-        num_running=1,
-        rank_memory=(RankMemory(rank=1, peak_bytes=6),),
-    )
-    told = as_dict(describe(CARD, status))
-    unserved = told.pop("unserved")
-    assert told.pop("server_version")
-    assert told == {
-        "model": {
-            "model_id": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-            "tasks": ["TASK_TEXT_TO_VIDEO"],
-            "sizes": [
-                {"width": 1280, "height": 720},
-                {"width": 720, "height": 1280},
-                {"width": 832, "height": 480},
-                {"width": 480, "height": 832},
-            ],
-            "rules": {"size_multiple": 16, "num_frames_multiple": 4, "max_text_tokens": 512},
-            "defaults": {
-                "width": 1280,
-                "height": 720,
-                "num_frames": 81,
-                "fps": 16,
-                "num_inference_steps": 40,
-                "guidance_scale": 4.0,
-                "guidance_scale_2": 3.0,
-                "flow_shift": 12.0,
-                "boundary_ratio": 0.875,
-                "output_format": "OUTPUT_FORMAT_MP4_H264",
-            },
-            "limits": {
-                "max_area": 921600,
-                "max_num_frames": 161,
-                "max_inference_steps": 100,
-                "max_prompt_bytes": 16384,
-                "max_queued": 16,
-            },
-            "output_formats": ["OUTPUT_FORMAT_MP4_H264", "OUTPUT_FORMAT_RAW_RGB24"],
-        },
-        "deployment": {
-            "ready": True,
-            "detail": "ready",
-            "topology": {"world_size": 2, "copies": 2, "cfg": 1, "ring": 1, "ulysses": 1, "text_tensor": 1},
-            "device": "cpu",
-            "dtype": "float32",
-            "attention_backend": "sdpa",
-            "load_format": "safetensors",
-            "num_queued": 3,
-            "num_running": 1,
-            "rank_memory": [{"rank": 1, "peak_bytes": "6"}],
-        },
-    }
-    assert all(part.pop("description") for part in unserved)
-    assert json.dumps(unserved) == json.dumps(
-        [{"rpc": f"wan_grpc.v1.AdapterService/{m}"} for m in ("LoadAdapter", "UnloadAdapter", "ListAdapters")]
-        + [{"field": field} for field in UNSERVED_FIELDS]
-    )
+    spec = {field: getattr(message.accepted.resolved, field) for field in told}
+    assert resolve(asked(**spec).request, CARD, fallback_seed=1) == VIDEO

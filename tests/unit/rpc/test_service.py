@@ -120,31 +120,57 @@ async def test_initial_metadata_goes_out_at_admission(engine: FakeEngine, stub: 
 
 
 async def test_every_broken_rule_is_told_at_once(stub: VideoGenerationServiceStub) -> None:
-    """A request with everything wrong hears of every field in one answer that a client accepts."""
+    """A request with everything wrong, also what only the wire can say, hears of every field in one answer."""
     spec = pb.GenerationSpec(
-        prompt="x" * 20000,
-        negative_prompt="x" * 20000,
-        width=7,
-        height=-7,
-        num_frames=2,
-        num_inference_steps=0,
-        fps=0,
-        guidance_scale=float("nan"),
-        guidance_scale_2=-1,
-        flow_shift=0,
-        boundary_ratio=2,
-        seed=-1,
-        output_format=99,  # type: ignore[arg-type]
+        prompt="\x00" + "x" * 20000,
+        negative_prompt="\x00" + "x" * 20000,
+        width=-(2**31),
+        height=2**31 - 1,
+        num_frames=-(2**31),
+        num_inference_steps=-(2**31),
+        fps=-(2**31),
+        guidance_scale=-1.7976931348623157e308,
+        guidance_scale_2=float("nan"),
+        flow_shift=float("-inf"),
+        boundary_ratio=-1.7976931348623157e308,
+        seed=-(2**63),
+        image=b"x",
+        last_image=b"x",
+        image_fit=99,  # type: ignore[arg-type]
+        output_format=pb.OUTPUT_FORMAT_GIF,
+        encoding=pb.EncodingOptions(crf=-(2**31), quality=-(2**31), pixel_format=99),  # type: ignore[arg-type]
+        preview_every_steps=-1,
+        adapters=[pb.AdapterUse()],
+        acceleration_profile="fast",
     )
-    spec.max_duration.seconds = -1
-    spec.detach_grace.seconds = -1
-    request = api.GenerateRequest(spec=spec, request_id="not a uuid")
-    code, _, details = await refusal(rest(stub.Generate(request)))
+    spec.max_duration.seconds = -(2**63)
+    spec.max_duration.nanos = -(2**31)
+    spec.detach_grace.seconds = -(2**63)
+    spec.detach_grace.nanos = -(2**31)
+    code, _, details = await refusal(rest(stub.Generate(api.GenerateRequest(spec=spec, request_id="not a uuid"))))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert details["ErrorInfo"].reason == "INVALID_REQUEST"
-    named = {violation.field for violation in details["BadRequest"].field_violations}
     asked = {f"spec.{field.name}" for field, _ in spec.ListFields()}
-    assert named == {*asked, "request_id"}
+    asked |= {"request_id", "spec.encoding.crf", "spec.encoding.quality", "spec.encoding.pixel_format"}
+    named = {violation.field for violation in details["BadRequest"].field_violations}
+    assert named == asked - {"spec.encoding"}
+    assert all(violation.description for violation in details["BadRequest"].field_violations)
+
+
+async def test_what_is_only_not_served_is_unimplemented(stub: VideoGenerationServiceStub) -> None:
+    """A request that asks for what this server has not, and is right otherwise, is told from one that is wrong."""
+    for changes, expected in (
+        ({}, grpc.StatusCode.UNIMPLEMENTED),
+        ({"width": 7}, grpc.StatusCode.INVALID_ARGUMENT),
+    ):
+        spec = pb.GenerationSpec(prompt="x", preview_every_steps=5, adapters=[pb.AdapterUse()], **changes)
+        code, sentence, details = await refusal(rest(stub.Generate(api.GenerateRequest(spec=spec))))
+        named = [violation.field for violation in details["BadRequest"].field_violations]
+        assert (code, set(named)) == (
+            expected,
+            {"spec.preview_every_steps", "spec.adapters", *(f"spec.{name}" for name in changes)},
+        )
+        assert "spec.preview_every_steps: this server makes no previews" in sentence
 
 
 async def test_a_full_queue_says_when_to_try_again(engine: FakeEngine, stub: VideoGenerationServiceStub) -> None:
@@ -276,7 +302,7 @@ async def test_names_that_nobody_has(stub: VideoGenerationServiceStub, method: s
     code, _, details = await ending()
     assert (code, details["ErrorInfo"].reason) == (grpc.StatusCode.NOT_FOUND, "GENERATION_NOT_FOUND")
     assert details["ErrorInfo"].metadata["generation"] == "generations/none"
-    request_.name = "x" * 100_000
+    request_.name = "x" * 60_000
     code, _, details = await ending()
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert [v.field for v in details["BadRequest"].field_violations] == ["name"]
