@@ -1,10 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
-from tests import tiny
+from tests import tiny, tiny_images
 from wan_grpc.domain.variants import Expert
 from wan_grpc.pipeline.checkpoint import locate
 from wan_grpc.pipeline.load import load
@@ -100,9 +101,44 @@ def test_caches_around_the_blocks_take_hold(
     assert tiny.relative_error(again, first) < 1e-6
 
 
+@torch.no_grad()
+def test_a_timestep_for_each_token(inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    """Bit for bit the forward of diffusers; a timestep for each frame is short for its tokens having it."""
+    torch.manual_seed(0)
+    theirs = tiny_images.make_transformer(tiny.TRANSFORMER)
+    ours = tiny_images.our_transformer(theirs)
+    latents, _, text = inputs
+    by_frame = torch.tensor([[0.0, 900.0, 500.0]])
+    by_token = by_frame.repeat_interleave(4 * 5, dim=1)
+    expected = theirs(latents, by_token, text, return_dict=False)[0]
+    assert torch.equal(ours.predict(latents, by_token, text), expected)
+    assert tiny.relative_error(ours.predict(latents, by_frame, text), expected) < 1e-5
+    assert tiny.relative_error(ours.predict(latents, by_frame[:, 1], text), expected) > 1e-3
+
+
+@pytest.mark.parametrize(("config", "num_images"), [(tiny_images.CLIP, 1), (tiny_images.FIRST_TO_LAST, 2)])
+@torch.no_grad()
+def test_tokens_attend_to_images(
+    config: dict[str, Any], num_images: int, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> None:
+    """Bit for bit the forward of diffusers, which other images change."""
+    torch.manual_seed(0)
+    theirs = tiny_images.make_transformer({**tiny.TRANSFORMER, **config})
+    ours = tiny_images.our_transformer(theirs)
+    latents, timestep, text = inputs
+    shown = torch.cat([latents, torch.randn(1, 20, *latents.shape[2:])], dim=1)
+    images = torch.randn(num_images, tiny_images.NUM_IMAGE_TOKENS, tiny_images.IMAGE_DIM)
+    expected = theirs(shown, timestep, text, images, return_dict=False)[0]
+    assert torch.equal(ours.predict(shown, timestep, text, images), expected)
+    assert tiny.relative_error(ours.predict(shown, timestep, text, images.flip(-1)), expected) > 1e-3
+
+
 def test_an_image_is_refused(pipeline: VideoPipeline, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    """What this transformer would otherwise silently ignore is an error."""
+    """What this transformer would otherwise silently ignore is an error, and so is the lack of what it needs."""
     with pytest.raises(ValueError, match="encoder_hidden_states_image"):
         pipeline.transformers[Expert.HIGH_NOISE](*inputs, encoder_hidden_states_image=torch.zeros(1))
     with pytest.raises(ValueError, match="attention_kwargs"):
         pipeline.transformers[Expert.HIGH_NOISE](*inputs, attention_kwargs={"scale": 0.5})
+    embeds_images = tiny_images.our_transformer(tiny_images.make_transformer({**tiny.TRANSFORMER, **tiny_images.CLIP}))
+    with pytest.raises(ValueError, match="encoder_hidden_states_image"):
+        embeds_images(*inputs)
