@@ -41,6 +41,16 @@ class VideoGenerationServiceStub(object):
     A stream that ends in INTERNAL or UNKNOWN without an ErrorInfo was cut by a proxy: treat it as UNAVAILABLE. Every
     method may also end in RESOURCE_EXHAUSTED with reason TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED
     (send credentials) and PERMISSION_DENIED (ask the operator).
+
+    BadRequest names every field that is wrong, with the bound in its description, which gets shorter when there are many,
+    and one of these in `reason`: REQUIRED, UNKNOWN_VALUE, NOT_A_MULTIPLE, OUT_OF_RANGE, TOO_LARGE, TOO_LONG, TOO_MANY,
+    DOES_NOT_APPLY, DOES_NOT_FIT, NOT_SERVED; of texts NOT_UTF8, CONTROL_CHARACTER, NOT_A_UUID4, NOT_A_NAME, NOT_A_TOKEN;
+    of times NOT_A_DURATION; of images NOT_AN_IMAGE, ANIMATED, TRUNCATED, BROKEN, OTHER_ASPECT. More may be added. Bytes
+    that are no message of the method at all are INVALID_ARGUMENT without a field.
+
+    Images of up to twice the allowed size are refused by their field. A request that is larger than these (1 MiB and its
+    texts when the model takes no images) ends in RESOURCE_EXHAUSTED with a sentence of gRPC itself and no ErrorInfo: send
+    less.
     """
 
     def __init__(self, channel):
@@ -112,6 +122,16 @@ class VideoGenerationServiceServicer(object):
     A stream that ends in INTERNAL or UNKNOWN without an ErrorInfo was cut by a proxy: treat it as UNAVAILABLE. Every
     method may also end in RESOURCE_EXHAUSTED with reason TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED
     (send credentials) and PERMISSION_DENIED (ask the operator).
+
+    BadRequest names every field that is wrong, with the bound in its description, which gets shorter when there are many,
+    and one of these in `reason`: REQUIRED, UNKNOWN_VALUE, NOT_A_MULTIPLE, OUT_OF_RANGE, TOO_LARGE, TOO_LONG, TOO_MANY,
+    DOES_NOT_APPLY, DOES_NOT_FIT, NOT_SERVED; of texts NOT_UTF8, CONTROL_CHARACTER, NOT_A_UUID4, NOT_A_NAME, NOT_A_TOKEN;
+    of times NOT_A_DURATION; of images NOT_AN_IMAGE, ANIMATED, TRUNCATED, BROKEN, OTHER_ASPECT. More may be added. Bytes
+    that are no message of the method at all are INVALID_ARGUMENT without a field.
+
+    Images of up to twice the allowed size are refused by their field. A request that is larger than these (1 MiB and its
+    texts when the model takes no images) ends in RESOURCE_EXHAUSTED with a sentence of gRPC itself and no ErrorInfo: send
+    less.
     """
 
     def Generate(self, request, context):
@@ -124,7 +144,8 @@ class VideoGenerationServiceServicer(object):
         ALREADY_EXISTS: request_id was used with another request; use a new one.
         RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), try again after RetryInfo; device memory did not suffice
         (OUT_OF_MEMORY), ask for a smaller video; or the disk is full or faulty (STORAGE_FAILED), ask the operator.
-        UNIMPLEMENTED: this server does not serve a field that is set; leave it out, or ask GetModel.
+        UNIMPLEMENTED: this server does not serve a field that is set, and nothing else is wrong; leave it out, or ask
+        GetModel.
         CANCELLED: the generation was cancelled by a caller (CANCELLED_BY_CALLER) or after nobody had watched it for its
         grace period (ABANDONED); send the request again if it is still wanted.
         DEADLINE_EXCEEDED: the call's deadline passed and the generation is cancelled unless somebody else watches it, or
@@ -146,7 +167,8 @@ class VideoGenerationServiceServicer(object):
         INVALID_ARGUMENT: fields break rules; correct all that BadRequest names.
         ALREADY_EXISTS: request_id was used with another request; use a new one.
         RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL); try again after RetryInfo.
-        UNIMPLEMENTED: this server does not serve a field that is set; leave it out, or ask GetModel.
+        UNIMPLEMENTED: this server does not serve a field that is set, and nothing else is wrong; leave it out, or ask
+        GetModel.
         DEADLINE_EXCEEDED: the call's deadline passed, it may be accepted; send the same request_id again to find out.
         CANCELLED: the caller gave up, it may be accepted; send the same request_id again to find out.
         UNAVAILABLE: the server is stopping or cannot be reached; try again with the same request_id after RetryInfo.
@@ -346,6 +368,16 @@ class VideoGenerationService(object):
     A stream that ends in INTERNAL or UNKNOWN without an ErrorInfo was cut by a proxy: treat it as UNAVAILABLE. Every
     method may also end in RESOURCE_EXHAUSTED with reason TOO_MANY_CALLS (try again after RetryInfo), UNAUTHENTICATED
     (send credentials) and PERMISSION_DENIED (ask the operator).
+
+    BadRequest names every field that is wrong, with the bound in its description, which gets shorter when there are many,
+    and one of these in `reason`: REQUIRED, UNKNOWN_VALUE, NOT_A_MULTIPLE, OUT_OF_RANGE, TOO_LARGE, TOO_LONG, TOO_MANY,
+    DOES_NOT_APPLY, DOES_NOT_FIT, NOT_SERVED; of texts NOT_UTF8, CONTROL_CHARACTER, NOT_A_UUID4, NOT_A_NAME, NOT_A_TOKEN;
+    of times NOT_A_DURATION; of images NOT_AN_IMAGE, ANIMATED, TRUNCATED, BROKEN, OTHER_ASPECT. More may be added. Bytes
+    that are no message of the method at all are INVALID_ARGUMENT without a field.
+
+    Images of up to twice the allowed size are refused by their field. A request that is larger than these (1 MiB and its
+    texts when the model takes no images) ends in RESOURCE_EXHAUSTED with a sentence of gRPC itself and no ErrorInfo: send
+    less.
     """
 
     @staticmethod
