@@ -4,28 +4,31 @@ Knows every floor by its constructor. Does none of their work, and imports no to
 """
 
 import asyncio
+import codecs
+import functools
+import math
 import os
-import re
 import signal
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Final
 
 import structlog
 
-from wan_grpc.config import OFF, GenerateSettings, RankSettings, ServeSettings
-from wan_grpc.domain.errors import ServiceError
-from wan_grpc.domain.events import Chunk, Completed, Event, Failed
-from wan_grpc.domain.formats import FORMATS
+from wan_grpc.config import OFF, GenerateSettings, RankSettings, ServeSettings, UsageError
+from wan_grpc.domain.errors import InvalidRequestError, ServiceError, UnusableModelError, Violation
+from wan_grpc.domain.events import Chunk, Completed, Event, Failed, Generation
 from wan_grpc.domain.observations import Observation
+from wan_grpc.domain.offer import offered
 from wan_grpc.domain.request import GenerationRequest, VideoRequest
 from wan_grpc.domain.topology import Topology
 from wan_grpc.domain.variants import Limits, ModelCard
 from wan_grpc.engine.engine import Engine, EngineOptions
 from wan_grpc.engine.executor import Executor, RestartPolicy
 from wan_grpc.engine.group import GroupPlan, prepare_forkserver
+from wan_grpc.engine.intake import Intake
 from wan_grpc.pipeline.checkpoint import Checkpoint, locate, read_card
 from wan_grpc.pipeline.prompt import token_counter
 from wan_grpc.pipeline.tiny import ensure_tiny_model
@@ -35,7 +38,8 @@ from wan_grpc.telemetry import logs
 from wan_grpc.telemetry.metrics import Metrics, MetricsServer
 
 EMBEDDED: Final = "embedded"
-_NAME_LENGTH: Final = 60
+_NUM_AHEAD: Final = 2
+"""Generations that are handed to the engine together, so that the ranks compute one while the last one is encoded."""
 Observe = Callable[[Observation], None]
 
 log = structlog.stdlib.get_logger("wan_grpc")
@@ -66,35 +70,60 @@ async def serve(settings: ServeSettings, on_listening: Callable[[str, int], None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One video to generate without a server."""
+
+    request: GenerationRequest
+    """But for its images, which are read when their turn comes."""
+    image: Path | None = None
+    last_image: Path | None = None
+    path: Path | None = None
+    """Where the video is to be written; None: nowhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
     """A video that was generated without a server."""
 
     video: VideoRequest
     completed: Completed
-    path: Path | None
-    """Where it was written; None where it was not to be."""
 
 
-async def generate(settings: GenerateSettings, on_event: Callable[[Event], None]) -> Made:
-    """Generate one video with an engine of its own. Whoever leaves early cancels it.
+class RefusedJobsError(Exception):
+    """Jobs that break rules, none of which was begun: the number of each with one thing wrong with it."""
+
+    def __init__(self, violations: Sequence[tuple[int, Violation]]) -> None:
+        super().__init__("; ".join(f"{violation.field}: {violation.description}" for _, violation in violations))
+        self.violations = tuple(violations)
+
+
+async def generate(
+    settings: GenerateSettings, jobs: Sequence[Job], on_event: Callable[[int, Event], None]
+) -> AsyncGenerator[Made | ServiceError | OSError, None]:
+    """Generate `jobs` with an engine of their own: in their order, what became of each. Whoever leaves early cancels.
+
+    on_event: is told the number of the job and what happens to it.
 
     Raises:
-        InvalidRequestError: naming every field that breaks a rule.
-        ServiceError: the generation ended without a video, and why.
+        RefusedJobsError: before any of them is begun.
         UnusableModelError: the model cannot be had.
-        OSError: a directory or the file cannot be written.
+        UsageError: a file that the settings name cannot be used.
+        OSError: a directory cannot be written.
     """
     logs.configure(level=settings.log_level, log_format=settings.log_format)
-    async with composed_engine(settings, EngineOptions(max_queue=1), logs.observe) as engine:
-        generation = await engine.submit(_request(settings), watched=True)
-        await engine.start()  # only now: a request that breaks rules is told at once
-        with _output_file(settings, generation.video) as output:
-            async with aclosing(engine.watch(generation.name)) as records:
-                async for record in records:
-                    _keep(record.event, output)
-                    on_event(record.event)
-    assert isinstance(record.event, Completed)
-    return Made(video=generation.video, completed=record.event, path=output.path if output else None)
+    options = EngineOptions(max_queue=_NUM_AHEAD, detach_grace_s=math.inf)
+    async with composed_engine(settings, options, logs.observe) as engine:
+        _refuse_what_breaks_rules(engine.card, jobs)
+        await engine.start()  # only now: what breaks rules is told at once
+        begun: list[Generation | ServiceError | OSError] = []
+        for number, job in enumerate(jobs):
+            while len(begun) < min(number + _NUM_AHEAD, len(jobs)):
+                begun.append(await _begin(engine, jobs[len(begun)]))
+            generation = begun[number]
+            if isinstance(generation, Generation):
+                yield await _finish(engine, generation, job, functools.partial(on_event, number))
+            else:
+                yield generation
 
 
 @asynccontextmanager
@@ -126,12 +155,45 @@ def find_model(settings: RankSettings) -> tuple[Checkpoint, ModelCard]:
         log.warning("NO --model-path: serving the tiny embedded model. It knows nothing, its videos are noise.")
         path = str(ensure_tiny_model(settings.cache_dir.expanduser()))
     checkpoint = locate(path, load_format=settings.load_format)
-    limits = Limits(
-        max_area=settings.max_area,
-        max_num_frames=settings.max_num_frames,
-        max_inference_steps=settings.max_inference_steps,
-    )
-    return checkpoint, read_card(checkpoint, model_id=settings.model_path or EMBEDDED, limits=limits)
+    limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
+    card = read_card(checkpoint, model_id=settings.model_path or EMBEDDED, limits=limits)
+    return checkpoint, _offer(card, settings)
+
+
+def _offer(card: ModelCard, settings: RankSettings) -> ModelCard:
+    path = settings.default_negative_prompt_file
+    text = card.defaults.negative_prompt if path is None else _read_prompt(path, card.limits.max_prompt_bytes)
+    try:
+        offer = offered(card, negative_prompt=text)
+    except InvalidRequestError as error:
+        told = {one.field.removeprefix("spec."): one.description for one in error.violations}
+        if path is not None and "negative_prompt" in told:
+            raise UsageError([f"--default-negative-prompt-file: {path}: {told['negative_prompt']}"]) from error
+        sentences = "; ".join(f"{name}: {sentence}" for name, sentence in told.items())
+        raise UnusableModelError(f"what requests mean by default cannot be served: {sentences}") from error
+    if lowered := _lowered(card, offer):
+        log.warning("the limits are below the model's own defaults, which become", **lowered)
+    return offer
+
+
+def _read_prompt(path: Path, max_bytes: int) -> str:
+    flag, most = "--default-negative-prompt-file", max_bytes + len(codecs.BOM_UTF8) + len("\r\n")
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise UsageError([f"{flag}: {path}: is longer than {max_bytes} bytes"])
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        raise UsageError([f"{flag}: {path}: cannot be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise UsageError([f"{flag}: {path}: is not UTF-8 text"]) from error
+
+
+def _lowered(card: ModelCard, offer: ModelCard) -> dict[str, int]:
+    names = ("width", "height", "num_frames", "num_inference_steps")
+    values = {name: getattr(offer.defaults, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(card.defaults, name)}
 
 
 def plan_ranks(settings: RankSettings, checkpoint: Checkpoint, directory: Path) -> GroupPlan:
@@ -238,56 +300,86 @@ def _signals() -> Iterator["asyncio.Queue[str]"]:
 # ---- generate -------------------------------------------------------------------------------------------------------
 
 
-def _request(settings: GenerateSettings) -> GenerationRequest:
-    return GenerationRequest(
-        prompt=settings.prompt,
-        negative_prompt=settings.negative_prompt,
-        width=settings.width,
-        height=settings.height,
-        num_frames=settings.num_frames,
-        fps=settings.fps,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        guidance_scale_2=settings.guidance_scale_2,
-        flow_shift=settings.flow_shift,
-        boundary_ratio=settings.boundary_ratio,
-        seed=settings.seed,
-        output_format=settings.output_format,
-    )
+def _refuse_what_breaks_rules(card: ModelCard, jobs: Sequence[Job]) -> None:
+    intake = Intake(card, count_tokens=len)  # tokens are only warned of, and that by the engine's own intake
+    wrong: list[tuple[int, Violation]] = []
+    for number, job in enumerate(jobs):
+        found = tuple(_unreadable_images(job))
+        try:
+            intake.prepare(job.request if found else _with_images(job, card), found)
+        except InvalidRequestError as error:
+            told = {violation.field for violation in found}  # or else such an image would be missing, too
+            wrong += [(number, one) for one in error.violations if one in found or one.field not in told]
+    if wrong:
+        raise RefusedJobsError(wrong)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputFile:
-    path: Path
-    """Where the video is once it is complete."""
-    file: IO[bytes]
+def _unreadable_images(job: Job) -> Iterator[Violation]:
+    for field, path in (("spec.image", job.image), ("spec.last_image", job.last_image)):
+        try:
+            if path is not None:
+                path.open("rb").close()
+        except OSError as error:
+            yield Violation(field=field, description=f"{path}: {error.strerror}", reason="UNREADABLE")
 
 
-def _keep(event: Event, output: OutputFile | None) -> None:
+def _with_images(job: Job, card: ModelCard) -> GenerationRequest:
+    most = card.limits.max_image_bytes + 1  # which is refused
+    return replace(job.request, image=_read(job.image, most), last_image=_read(job.last_image, most))
+
+
+def _read(path: Path | None, most: int) -> bytes | None:
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        return file.read(most)
+
+
+async def _begin(engine: Engine, job: Job) -> Generation | ServiceError | OSError:
+    try:
+        return await engine.submit(_with_images(job, engine.card), watched=True)
+    except (ServiceError, OSError) as error:
+        return error
+
+
+async def _finish(
+    engine: Engine, generation: Generation, job: Job, on_event: Callable[[Event], None]
+) -> Made | ServiceError | OSError:
+    """Watch a generation to its end, and forget it, so that no video is kept twice."""
+    outcome: Made | ServiceError | OSError
+    try:
+        with _output_file(job.path) as file:
+            async with aclosing(engine.watch(generation.name)) as records:
+                async for record in records:
+                    _keep(record.event, file)
+                    on_event(record.event)
+        assert isinstance(record.event, Completed)
+        outcome = Made(video=generation.video, completed=record.event)
+    except (ServiceError, OSError) as error:
+        await engine.cancel(generation.name)  # which goes on where it was the file that failed
+        outcome = error
+    await engine.delete(generation.name)
+    return outcome
+
+
+def _keep(event: Event, file: IO[bytes] | None) -> None:
     if isinstance(event, Failed):
         raise ServiceError(event.failure.reason, event.failure.message, retry_after_s=event.failure.retry_after_s)
-    if isinstance(event, Chunk) and output is not None:
-        output.file.write(event.data)
+    if isinstance(event, Chunk) and file is not None:
+        file.write(event.data)
 
 
 @contextmanager
-def _output_file(settings: GenerateSettings, video: VideoRequest) -> Iterator[OutputFile | None]:
-    """The file for the video, which is there under its name only if the block ends well."""
-    if not settings.save_output:
+def _output_file(path: Path | None) -> Iterator[IO[bytes] | None]:
+    """The file for a video, which is there under its name only if the block ends well."""
+    if path is None:
         yield None
         return
-    path = settings.output_path.expanduser() / (settings.output_file_name or _file_name(video))
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with scratch.open("wb") as file:
-            yield OutputFile(path=path, file=file)
+            yield file
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def _file_name(video: VideoRequest) -> str:
-    """Words of the prompt and the seed, so that the name tells what is inside and can be made again."""
-    words = re.sub(r"[^\w]+", "-", video.prompt).strip("-")[:_NAME_LENGTH].strip("-")
-    return f"{words or 'video'}-{video.seed}{FORMATS[video.output_format].suffix}"

@@ -5,21 +5,29 @@ what does only when it is needed.
 """
 
 import asyncio
+import contextlib
 import difflib
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from wan_grpc import __version__
-from wan_grpc.domain.errors import InvalidRequestError, ServiceError, UnusableModelError
+from wan_grpc.domain.errors import ServiceError, UnusableModelError, Violation
 from wan_grpc.domain.events import Accepted, Event, Progress
+from wan_grpc.domain.formats import Encoding, OutputFormat, PixelFormat
+from wan_grpc.domain.images import ImageFit
+from wan_grpc.domain.request import GenerationRequest
 
 if TYPE_CHECKING:
+    from wan_grpc import app
     from wan_grpc.config import GenerateSettings, MakeTinyModelSettings, ModelsSettings, ServeSettings, Settings
     from wan_grpc_client.bar import Bar
+    from wan_grpc_client.batch import Job
+
+T = TypeVar("T")
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -30,7 +38,7 @@ TERMINATED: Final = 143
 _COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "serve": "start a server and run until it is told to stop",
-        "generate": "generate one video without a server",
+        "generate": "generate videos without a server",
         "models": "print what a running server can do",
         "make-tiny-model": "write a tiny checkpoint to a directory",
         "version": "print the version",
@@ -84,8 +92,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return _refuse(name, error.problems)
     try:
         return _do(settings)
-    except InvalidRequestError as error:
-        return _refuse(name, [f"{_flag(violation.field)}: {violation.description}" for violation in error.violations])
+    except config.UsageError as error:
+        return _refuse(name, error.problems)
     except (UnusableModelError, ServiceError, OSError) as error:
         return _fail(name, _sentence(error))
 
@@ -118,18 +126,87 @@ def _say_address(host: str, port: int) -> None:
 
 def _generate(settings: "GenerateSettings") -> int:
     from wan_grpc import app
+    from wan_grpc.config import UsageError
     from wan_grpc_client.bar import Bar
+    from wan_grpc_client.batch import FIELDS, BatchError, plan
 
     signal.signal(signal.SIGTERM, _leave)
-    with Bar(sys.stderr) as bar:
-        bar.wait("the ranks are starting")
-        made = asyncio.run(app.generate(settings, on_event=lambda event: _show(bar, event)))
+    flags = settings.model_dump(include=set(FIELDS))
+    directory = settings.output_path if settings.save_output else None
+    try:
+        planned = plan(flags, prompts_file=settings.prompts_file, directory=directory)
+    except BatchError as error:
+        raise UsageError(error.problems) from error
+    try:
+        with Bar(sys.stderr) as bar:
+            bar.wait("the ranks are starting")
+            return asyncio.run(_make(settings, planned, bar))
+    except app.RefusedJobsError as error:
+        problems = [_problem(settings, planned[number], violation) for number, violation in error.violations]
+        raise UsageError(list(dict.fromkeys(problems))) from error
+
+
+async def _make(settings: "GenerateSettings", planned: Sequence["Job"], bar: "Bar") -> int:
+    """Make what was planned, a line or two about each video; the exit code."""
+    from wan_grpc import app
+
+    def on_event(number: int, event: Event) -> None:
+        if isinstance(event, Accepted) and len(planned) > 1:
+            bar.wait(f"{number + 1} of {len(planned)}")
+        _show(bar, event)
+
+    code = DONE
+    outcomes = app.generate(settings, [_offline(job) for job in planned], on_event)
+    async with contextlib.aclosing(outcomes):
+        for job in planned:
+            outcome = await anext(outcomes)
+            bar.close()
+            if isinstance(outcome, app.Made):
+                print(*_facts(outcome, job), sep=", " if len(planned) > 1 else "\n", flush=True)
+            else:
+                code = _fail(settings.command, f"{job.place}: {_sentence(outcome)}".removeprefix(": "))
+    return code
+
+
+def _offline(job: "Job") -> "app.Job":
+    """The job in the engine's words."""
+    from wan_grpc import app
+
+    said = dict(job.values)
+    paths = {name: said.pop(name, None) for name in ("image", "last_image")}
+    encoding = Encoding(
+        crf=said.pop("crf", None),
+        bitrate_bps=said.pop("bitrate_bps", None),
+        quality=said.pop("quality", None),
+        pixel_format=_as(PixelFormat, said.pop("pixel_format", None)),
+    )
+    request = GenerationRequest(
+        image_fit=_as(ImageFit, said.pop("image_fit", None)),
+        output_format=_as(OutputFormat, said.pop("output_format", None)),
+        encoding=encoding,
+        **said,
+    )
+    return app.Job(request=request, path=job.path, **paths)
+
+
+def _as(kind: Callable[[str], T], name: str | None) -> T | None:
+    return None if name is None else kind(name)
+
+
+def _facts(made: "app.Made", job: "Job") -> tuple[str, str]:
     video = made.video
+    place = f"{job.path}: " if job.path else ""
     size = f"{video.width}x{video.height}, {video.num_frames} frames at {video.fps} fps"
-    place = f"{made.path}: " if made.path else ""
-    print(f"{place}{size}, {made.completed.size_bytes} bytes, seed {video.seed}")
-    print(f"sha256 {made.completed.sha256}")
-    return DONE
+    return f"{place}{size}, {made.completed.size_bytes} bytes, seed {video.seed}", f"sha256 {made.completed.sha256}"
+
+
+def _problem(settings: "GenerateSettings", job: "Job", violation: Violation) -> str:
+    """What is wrong, under the name by which it was said: a field of a line, or a flag."""
+    name = violation.field.removeprefix("spec.").removeprefix("encoding.").replace("output_format", "format")
+    said = settings.size if not job.place else None
+    if said is not None and name in ("width", "height"):
+        name = "size"
+    return f"{job.place}: {name}: {violation.description}" if job.place else f"{_flag(name)}: {violation.description}"
 
 
 def _leave(number: int, frame: object) -> NoReturn:
@@ -175,8 +252,8 @@ def _make_tiny_model(settings: "MakeTinyModelSettings") -> int:
     return DONE
 
 
-def _flag(field: str) -> str:
-    return f"--{field.removeprefix('spec.').replace('_', '-')}"
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _refuse(name: str, problems: Sequence[str]) -> int:

@@ -8,9 +8,11 @@ import os
 import re
 import textwrap
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -22,7 +24,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from wan_grpc.domain.formats import OutputFormat
+from wan_grpc.domain.formats import OutputFormat, PixelFormat
+from wan_grpc.domain.images import ImageFit
 from wan_grpc.domain.variants import Limits
 
 ENV_PREFIX: Final = "WAN_GRPC_"
@@ -34,7 +37,6 @@ NOT_YET: Final = frozenset(
         "dit_layerwise_offload",
         "enable_cfg_parallel",
         "image_encoder_cpu_offload",
-        "image_path",
         "lora_path",
         "pin_cpu_memory",
         "ring_degree",
@@ -47,13 +49,17 @@ NOT_YET: Final = frozenset(
     }
 )
 """Settings that servers of Wan2.2 are known to have and this version has not: refused by name."""
+SYNONYMS: Final[Mapping[str, str]] = MappingProxyType({"image_path": "image", "output_format": "format"})
+"""Names that a setting goes by elsewhere, and its name here. Both are taken."""
+MAX_OUTPUTS: Final = 8
 
 _SERVICE_LINK: Final = re.compile(rf"{ENV_PREFIX}(SERVICE_(HOST|PORT.*)|PORT_\d+_.*)")
 _LINKED_PORT: Final = ("tcp://", "udp://", "sctp://")
 """Kubernetes puts such names, and such a value of the name of --port, into every pod beside a Service `wan-grpc`."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+"""What GetModel can tell."""
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -68,6 +74,18 @@ def _expanded(path: Path) -> Path:
 
 ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
 """`~` is the user's home, however the path was given: no shell expands it in `--flag=~/x` or in a file."""
+
+
+FRAME_SIZE: Final = re.compile(r"(\d{1,9})[x*](\d{1,9})")
+
+
+def _frame_size(text: str) -> str:
+    if not FRAME_SIZE.fullmatch(text):
+        raise ValueError("must be WIDTHxHEIGHT such as 832x480")
+    return text
+
+
+FrameSize = Annotated[str, AfterValidator(_frame_size)]
 
 
 def _setting(default: Any, text: str, *, group: str) -> Any:
@@ -100,6 +118,11 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "console", "json"] = _setting(
         "auto", "how to log to stderr; auto: console on a terminal, else json", group="general"
     )
+
+    @classmethod
+    def conflicts(cls, given: Collection[str]) -> Iterator[str]:
+        """Why these settings cannot be given together, or at least one more must be."""
+        yield from ()
 
     @classmethod
     def settings_customise_sources(
@@ -150,6 +173,20 @@ class RankSettings(Settings):
     max_num_frames: Count = _setting(LIMITS.max_num_frames, "most frames of a video", group="limits of a request")
     max_inference_steps: Count = _setting(
         LIMITS.max_inference_steps, "most denoising steps of a video", group="limits of a request"
+    )
+    max_prompt_bytes: Annotated[int, Field(ge=1, le=2**20)] = _setting(
+        LIMITS.max_prompt_bytes, "most bytes of a prompt in UTF-8", group="limits of a request"
+    )
+    max_image_bytes: Annotated[int, Field(ge=1, le=2**28)] = _setting(
+        LIMITS.max_image_bytes, "most bytes of an input image, as a file", group="limits of a request"
+    )
+    max_image_pixels: Count = _setting(
+        LIMITS.max_image_pixels, "most pixels of an input image: what decoding it may cost", group="limits of a request"
+    )
+    default_negative_prompt_file: ExpandedPath | None = _setting(
+        None,
+        "UTF-8 text that is the negative prompt of requests that say nothing about theirs; unset: an empty one",
+        group="defaults of a request",
     )
     cache_dir: ExpandedPath = _setting(
         Path("~/.cache/wan-grpc"), "directory in which the embedded model is kept once it is made", group="storage"
@@ -211,16 +248,33 @@ class ServeSettings(RankSettings):
 
 
 class GenerateSettings(RankSettings):
-    """Generate one video without a server: the same engine, the same ranks."""
+    """Generate videos without a server: the same engine, the same ranks."""
 
     command = "generate"
 
     log_level: LogLevel = _setting("warning", "the least severe messages to log", group="general")
-    prompt: str = Field(description="what the video shows", json_schema_extra={"group": "video"})
-    negative_prompt: str | None = _setting(None, "what it should not show", group="video")
-    width: int | None = _setting(None, "pixels; unset, here and below: as the model recommends", group="video")
-    height: int | None = _setting(None, "pixels", group="video")
-    num_frames: int | None = _setting(None, "one more than a multiple of 4", group="video")
+    prompt: str | None = _setting(None, "what the video shows", group="video")
+    prompts_file: ExpandedPath | None = _setting(
+        None,
+        "instead of --prompt: a file of videos, one JSON object a line, with the names of the flags below (and prompt) "
+        'as in {"prompt": "A fox", "seed": 7}; what a line leaves out, the flags say',
+        group="video",
+    )
+    negative_prompt: str | None = _setting(None, "what it should not show; unset: as the operator chose", group="video")
+    image: ExpandedPath | None = _setting(None, "first image of the video: a PNG, JPEG or WebP file", group="video")
+    last_image: ExpandedPath | None = _setting(None, "last image of the video, likewise", group="video")
+    image_fit: ImageFit | None = _setting(
+        None,
+        "how images come to the exact size; unset: the video takes the aspect of its first image, with at most as many "
+        "pixels",
+        group="video",
+    )
+    size: FrameSize | None = _setting(
+        None, "WIDTHxHEIGHT, such as 832x480; unset, here and below: as the model recommends", group="video"
+    )
+    width: int | None = _setting(None, "pixels, instead of --size", group="video")
+    height: int | None = _setting(None, "pixels, instead of --size", group="video")
+    num_frames: int | None = _setting(None, "one more than a multiple of 4; 1 for a picture", group="video")
     fps: int | None = _setting(None, "frames a second of the file", group="video")
     num_inference_steps: int | None = _setting(None, "denoising steps", group="video")
     guidance_scale: float | None = _setting(None, "of the high-noise expert", group="video")
@@ -230,10 +284,38 @@ class GenerateSettings(RankSettings):
         None, "share of the timesteps at and above which the high-noise expert works", group="video"
     )
     seed: int | None = _setting(None, "unset: a random one, which is printed", group="video")
-    output_format: OutputFormat = _setting(OutputFormat.MP4_H264, "of the file", group="output")
+    num_outputs: Annotated[int, Field(ge=1, le=MAX_OUTPUTS)] = _setting(
+        1, f"1 to {MAX_OUTPUTS} videos with consecutive seeds, each with a file of its own", group="video"
+    )
+    format: OutputFormat | None = _setting(None, "of the file; unset: mp4_h264", group="output")
+    crf: int | None = _setting(
+        None, "constant quality of a video codec, 0 is best; unset: the format's usual value", group="output"
+    )
+    bitrate_bps: int | None = _setting(None, "mean bits a second, instead of --crf", group="output")
+    quality: int | None = _setting(None, "of JPEG and WebP, 1 to 100, 100 is best; unset: 90", group="output")
+    pixel_format: PixelFormat | None = _setting(
+        None, "how samples are stored; unset: the format's usual way", group="output"
+    )
     save_output: bool = _setting(True, "write the video to a file; false: only compute it", group="output")
-    output_path: ExpandedPath = _setting(Path("outputs"), "directory of the file", group="output")
-    output_file_name: str | None = _setting(None, "unset: made from the prompt and the seed", group="output")
+    output_path: ExpandedPath = _setting(Path("outputs"), "directory of the files", group="output")
+    output_file_name: str | None = _setting(
+        None,
+        "unset: made from the prompt and the seed; with several outputs each has its seed in the name",
+        group="output",
+    )
+
+    @classmethod
+    def conflicts(cls, given: Collection[str]) -> Iterator[str]:
+        if "prompt" not in given and "prompts_file" not in given:
+            yield "--prompt or --prompts-file: one of them must be given"
+        if "prompt" in given and "prompts_file" in given:
+            yield "--prompt: not with --prompts-file, whose lines have a prompt each"
+        if "output_file_name" in given and "prompts_file" in given:
+            yield "--output-file-name: not with --prompts-file, whose lines may have an output_file_name each"
+        if "size" in given and ("width" in given or "height" in given):
+            yield "--size: not with --width or --height"
+        if "crf" in given and "bitrate_bps" in given:
+            yield "--crf: not with --bitrate-bps"
 
 
 class ModelsSettings(Settings):
@@ -281,8 +363,10 @@ def load(settings: type[S], argv: Sequence[str], environment: Mapping[str, str] 
         **{name: _variable(name) for name in variables},
         **{name: _flag(name) for name in flags},
     }
+    values = {**keys, **variables, **flags}
+    problems += settings.conflicts([name for name, value in values.items() if value is not None])
     try:
-        loaded = settings(**{**keys, **variables, **flags})
+        loaded = settings(**values)
     except ValidationError as error:
         problems += [_sentence(detail, origins) for detail in error.errors(include_url=False)]
     if problems:
@@ -354,7 +438,8 @@ def _argument_adder(settings: type[Settings]) -> Callable[..., None]:
             return
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        groups[group].add_argument(*names, **{**options, **_words(settings, name, options["metavar"])})
+        others = [_flag(other) for other, own in SYNONYMS.items() if own == name]
+        groups[group].add_argument(*names, *others, **{**options, **_words(settings, name, options["metavar"])})
 
     return add
 
@@ -365,8 +450,9 @@ def _words(settings: type[Settings], name: str, type_name: str) -> dict[str, Any
     words: dict[str, Any] = {"help": f"{field.description}{shown}".replace("%", "%%"), "required": False}
     if field.annotation is bool:  # --flag and --flag true mean the same
         return {**words, "nargs": "?", "const": "true", "metavar": "{true,false}"}
-    if field.annotation is OutputFormat:
-        return {**words, "metavar": f"{{{','.join(OutputFormat)}}}"}
+    for kind in get_args(field.annotation):
+        if isinstance(kind, type) and issubclass(kind, StrEnum):
+            return {**words, "metavar": "NAME", "help": f"{words['help']}; one of {', '.join(kind)}"}
     return {**words, "metavar": "SECONDS" if name.endswith("_s") else _TYPE_WORDS.get(type_name, type_name)}
 
 
@@ -391,10 +477,11 @@ def _read_environment(settings: type[Settings], environment: Mapping[str, str]) 
     values, problems = {}, []
     for variable, value in given.items():
         name = variable.removeprefix(ENV_PREFIX).lower()
-        if name not in known or variable != _variable(name):
+        own = SYNONYMS.get(name, name)
+        if own not in known or variable != _variable(name):
             problems.append(_unknown(variable, name, known, spell=_variable))
-        elif name in settings.model_fields:
-            values[name] = value
+        elif own in settings.model_fields:
+            values[own] = value
     return values, problems
 
 
@@ -415,10 +502,11 @@ def _read_file(settings: type[Settings], path: Path) -> tuple[dict[str, Any], li
     if not isinstance(content, dict):
         raise UsageError([f"{path}: is not a mapping of names to values"])
     known = _all_names()
-    problems = [_unknown(f"{path}: {key}", str(key), known, spell=str) for key in content if key not in known]
+    values = {SYNONYMS.get(key, key): value for key, value in content.items()}
+    problems = [_unknown(f"{path}: {key}", str(key), known, spell=str) for key in values if key not in known]
     if "config" in content:
         problems.append(f"{path}: config: not for a file")
-    return {key: value for key, value in content.items() if key in settings.model_fields}, problems
+    return {key: value for key, value in values.items() if key in settings.model_fields}, problems
 
 
 def _all_names() -> frozenset[str]:
