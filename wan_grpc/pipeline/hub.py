@@ -3,24 +3,26 @@
 Knows which files are wanted and what each refusal means for an operator. Does not know what is in the files.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from wan_grpc.domain.errors import UnusableModelError
 
 CONFIG_PATTERNS: Final = ("*.json", "tokenizer/*.model", "tokenizer/*.txt")
-WEIGHT_PATTERNS: Final = (*CONFIG_PATTERNS, "*.safetensors")
 
 
-def fetch(repository: str, *, with_weights: bool) -> Path:
+def fetch(repository: str, *, weights_of: Sequence[str]) -> Path:
     """Directory of the snapshot of `repository`, downloaded where it is not in the cache.
+
+    weights_of: the components whose safetensors are wanted beside all configs and the tokenizer.
 
     Raises:
         UnusableModelError: it cannot be had, with the reason and what would help.
     """
     from huggingface_hub import constants, errors, snapshot_download  # half a second, only for those who need it
 
-    patterns = list(WEIGHT_PATTERNS if with_weights else CONFIG_PATTERNS)
+    patterns = [*CONFIG_PATTERNS, *(f"{component}/*.safetensors" for component in weights_of)]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except errors.HFValidationError as error:

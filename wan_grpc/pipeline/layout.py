@@ -1,6 +1,7 @@
-"""What is wrong with a checkpoint directory, one sentence a fault.
+"""What is wrong with a checkpoint directory, one sentence a fault, and what kind of model it holds.
 
-Knows the published diffusers layout and the head of a safetensors file. Reads no weights and imports no torch.
+Knows the published diffusers layouts and the head of a safetensors file; whether the configs fit each other is asked of
+fit.py. Reads no weights and imports no torch.
 """
 
 import json
@@ -8,60 +9,90 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-CLASSES: Final = {
-    "scheduler": "UniPCMultistepScheduler",
-    "text_encoder": "UMT5EncoderModel",
-    "transformer": "WanTransformer3DModel",
-    "transformer_2": "WanTransformer3DModel",
-    "vae": "AutoencoderKLWan",
+from wan_grpc.domain.variants import Task
+from wan_grpc.pipeline import fit
+
+INDEX: Final = "model_index.json"
+CLASSES: Final[Mapping[str, tuple[str, ...]]] = {
+    "scheduler": ("UniPCMultistepScheduler",),
+    "text_encoder": ("UMT5EncoderModel",),
+    "image_processor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
+    "image_encoder": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+    "transformer": ("WanTransformer3DModel",),
+    "transformer_2": ("WanTransformer3DModel",),
+    "vae": ("AutoencoderKLWan",),
 }
-CONFIGS: Final = {
+"""The components and the classes that each may have."""
+CONFIGS: Final[Mapping[str, str]] = {
     "scheduler": "scheduler_config.json",
     "text_encoder": "config.json",
+    "image_processor": "preprocessor_config.json",
+    "image_encoder": "config.json",
     "transformer": "config.json",
     "transformer_2": "config.json",
     "vae": "config.json",
 }
-WEIGHT_STEMS: Final = {
-    "image_encoder": "model",
+WEIGHT_STEMS: Final[Mapping[str, str]] = {
     "text_encoder": "model",
+    "image_encoder": "model",
     "transformer": "diffusion_pytorch_model",
     "transformer_2": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
 """Components with weights, and how the names of their files begin."""
+PREFIXES: Final[Mapping[str, str]] = {"image_encoder": "vision_model."}
+"""With what the names of a component's tensors begin in published files, but not in its class any more."""
 TOKENIZER_FILES: Final = ("tokenizer.json", "spiece.model")
-_PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_MAX_HEADER_BYTES: Final = 100_000_000
-"""The largest header that the safetensors library reads."""
-_OTHER_PIPELINES: Final = {
-    "WanImageToVideoPipeline": "an image-to-video model (I2V)",
+_OPTIONAL: Final = ("image_processor", "image_encoder", "transformer_2")
+_PIPELINES: Final = ("WanPipeline", "WanImageToVideoPipeline")
+_OTHER_PIPELINES: Final[Mapping[str, str]] = {
     "WanVideoToVideoPipeline": "a video-to-video model",
     "WanVACEPipeline": "a VACE model",
     "WanAnimatePipeline": "an Animate model",
 }
+_PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MAX_HEADER_BYTES: Final = 100_000_000
+"""The largest header that the safetensors library reads."""
 
 
 def problems(directory: Path, *, with_weights: bool) -> Iterator[str]:
-    """Everything that keeps `directory` from being served: nothing when it is the T2V-A14B layout, whole.
+    """Everything that keeps `directory` from being served: nothing when it is a published layout, whole.
 
     with_weights: False where random weights will be made, so that configs are enough.
     """
-    index, trouble = read_json(directory / "model_index.json")
+    index, trouble = read_json(directory / INDEX)
     if index is None:
-        yield f"model_index.json {trouble}"
+        yield f"{INDEX} {trouble}"
         return
-    refusal = _other_model(index)
-    if refusal is not None:
-        yield f"model_index.json describes {refusal}, which is not served by this version; T2V-A14B models are"
+    class_name = index.get("_class_name")
+    if class_name not in _PIPELINES:
+        kind = f", {_OTHER_PIPELINES[class_name]}" if class_name in _OTHER_PIPELINES else ""
+        yield f"{INDEX}: _class_name is {class_name}{kind}; only {' and '.join(_PIPELINES)} are served by this version"
         return
     yield from _index_problems(index)
-    for component, config in CONFIGS.items():
-        yield from _config_problems(directory, component, config)
+    yield from _directory_problems(directory, index)
     if with_weights:
         yield from _tokenizer_problems(directory / "tokenizer")
-        for component, stem in WEIGHT_STEMS.items():
-            yield from _weight_problems(directory, component, stem)
+        for component in weighty_components(index):
+            yield from _weight_problems(directory, component, WEIGHT_STEMS[component])
+
+
+def task_of(index: Mapping[str, Any]) -> Task:
+    """What a checkpoint with this model_index.json makes videos from."""
+    if index.get("expand_timesteps"):
+        return Task.TEXT_IMAGE_TO_VIDEO
+    is_i2v = index.get("_class_name") == "WanImageToVideoPipeline"
+    return Task.IMAGE_TO_VIDEO if is_i2v else Task.TEXT_TO_VIDEO
+
+
+def has_component(index: Mapping[str, Any], component: str) -> bool:
+    """Whether it is there and not null."""
+    return _class_of(index, component) is not None
+
+
+def weighty_components(index: Mapping[str, Any]) -> list[str]:
+    """The components that have weights."""
+    return [component for component in WEIGHT_STEMS if has_component(index, component)]
 
 
 def read_json(path: Path) -> tuple[dict[str, Any] | None, str]:
@@ -93,53 +124,67 @@ def weight_files(folder: Path, stem: str) -> tuple[list[Path], str]:
     return [folder / name for name in names], ""
 
 
-def _other_model(index: Mapping[str, Any]) -> str | None:
-    class_name = index.get("_class_name")
-    if class_name != "WanPipeline":
-        return _OTHER_PIPELINES.get(str(class_name), f"a {class_name}")
-    if index.get("expand_timesteps"):
-        return "a text-and-image-to-video model (TI2V-5B)"
-    if not _is_present(index, "transformer_2"):
-        return "a model with one expert"
-    return None
-
-
-def _is_present(index: Mapping[str, Any], component: str) -> bool:
-    return _class_of(index, component) is not None
-
-
 def _class_of(index: Mapping[str, Any], component: str) -> str | None:
     entry = index.get(component)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def _index_problems(index: Mapping[str, Any]) -> Iterator[str]:
-    for component, expected in CLASSES.items():
+    for component, classes in CLASSES.items():
         found = _class_of(index, component)
-        if found is None:
-            yield f"model_index.json has no {component}"
-        elif found != expected:
-            yield f"model_index.json: {component} is a {found}; only {expected} is served by this version"
-    boundary = index.get("boundary_ratio")
-    if not isinstance(boundary, int | float) or not 0.0 <= boundary <= 1.0:
-        yield f"model_index.json: boundary_ratio is {boundary}; between 0 and 1 is needed with two experts"
+        if found is None and component not in _OPTIONAL:
+            yield f"{INDEX} has no {component}"
+        elif found is not None and found not in classes:
+            yield f"{INDEX}: {component} is a {found}; only {' or '.join(classes)} is served by this version"
+    yield from _expert_problems(index)
+    if has_component(index, "image_encoder") and not has_component(index, "image_processor"):
+        yield f"{INDEX} has an image_encoder and no image_processor"
 
 
-def _config_problems(directory: Path, component: str, name: str) -> Iterator[str]:
+def _expert_problems(index: Mapping[str, Any]) -> Iterator[str]:
+    boundary, timesteps = index.get("boundary_ratio"), index.get("expand_timesteps", False)
+    if not has_component(index, "transformer_2"):
+        if boundary is not None:
+            yield f"{INDEX}: boundary_ratio is {boundary}, and there is no transformer_2 below it"
+    elif type(boundary) not in {int, float} or not 0.0 <= boundary <= 1.0:
+        yield f"{INDEX}: boundary_ratio is {boundary}; between 0 and 1 is needed with two experts"
+    if not isinstance(timesteps, bool):
+        yield f"{INDEX}: expand_timesteps is {timesteps!r}, neither true nor false"
+    elif timesteps and has_component(index, "transformer_2"):
+        yield f"{INDEX}: expand_timesteps is true, and there is a transformer_2; such a model has one expert"
+
+
+def _directory_problems(directory: Path, index: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the configs, and, once each by itself is right, what does not fit together."""
+    configs: dict[str, Mapping[str, Any]] = {}
+    wanted = [name for name in CONFIGS if name not in _OPTIONAL or has_component(index, name)]
+    for component in wanted:
+        config, trouble = _read_config(directory, component)
+        found = [trouble] if config is None else list(_config_problems(component, config))
+        yield from found
+        if config is not None and not found:
+            configs[component] = config
+    if len(configs) == len(wanted):
+        yield from fit.problems(task_of(index), configs)
+
+
+def _read_config(directory: Path, component: str) -> tuple[dict[str, Any] | None, str]:
     if not (directory / component).is_dir():
-        yield f"{component}/ is missing"
-        return
-    config, trouble = read_json(directory / component / name)
-    if config is None:
-        yield f"{component}/{name} {trouble}"
-    elif component == "scheduler" and not _is_flow_matching(config):
+        return None, f"{component}/ is missing"
+    name = f"{component}/{CONFIGS[component]}"
+    config, trouble = read_json(directory / name)
+    return config, f"{name} {trouble}"
+
+
+def _config_problems(component: str, config: Mapping[str, Any]) -> Iterator[str]:
+    name = f"{component}/{CONFIGS[component]}"
+    if component == "scheduler" and not _is_flow_matching(config):
         yield (
-            f"scheduler/{name}: prediction_type {config.get('prediction_type')} with use_flow_sigmas "
+            f"{name}: prediction_type {config.get('prediction_type')} with use_flow_sigmas "
             f"{config.get('use_flow_sigmas')}; flow_prediction with flow sigmas is needed"
         )
-    elif component.startswith("transformer") and config.get("in_channels", 16) != config.get("out_channels", 16):
-        channels = config["in_channels"]
-        yield f"{component}/{name}: {channels} input channels take an image (I2V), which is not served by this version"
+    for sentence in fit.wrong_values(component, config):
+        yield f"{name}: {sentence}"
 
 
 def _is_flow_matching(config: Mapping[str, Any]) -> bool:

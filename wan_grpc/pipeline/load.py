@@ -11,13 +11,22 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    UMT5EncoderModel,
+)
 
 from wan_grpc.domain.errors import UnusableModelError
-from wan_grpc.domain.variants import Expert
+from wan_grpc.domain.variants import Expert, Task
 from wan_grpc.pipeline.checkpoint import DUMMY, LOAD_FORMATS, Checkpoint
 from wan_grpc.pipeline.device import resolve_device
-from wan_grpc.pipeline.layout import TOKENIZER_FILES
+from wan_grpc.pipeline.image_encoder import ImageEncoder
+from wan_grpc.pipeline.layout import PREFIXES, TOKENIZER_FILES
 from wan_grpc.pipeline.text import TextEncoder, umt5
 from wan_grpc.pipeline.tokenizer import END, PAD, UNKNOWN, byte_tokenizer
 from wan_grpc.pipeline.transformer import AttentionFunction, WanTransformer, torch_attention
@@ -25,7 +34,7 @@ from wan_grpc.pipeline.video import VideoPipeline
 from wan_grpc.pipeline.weights import random_weights, read_weights
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_DUMMY_SEEDS: Final = {"text_encoder": 1, "vae": 2, "transformer": 3, "transformer_2": 4}
+_DUMMY_SEEDS: Final = {"text_encoder": 1, "vae": 2, "transformer": 3, "transformer_2": 4, "image_encoder": 5}
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,7 +51,8 @@ def load(
 ) -> VideoPipeline:
     """Build every component on `device` and fill it from the checkpoint, or with random values (`dummy`).
 
-    dtype: of the experts and the text encoder, `bfloat16` or `float32`; norms and modulation stay in fp32.
+    dtype: of the experts and the text encoder, `bfloat16` or `float32`; norms and modulation stay in fp32, and so does
+        the image encoder, which runs once a video.
     attention: self-attention of the experts, torch's own if None; `attention_name` is what operators read.
     vae_dtype: fp32 unless told, as the reference runs it: on an H200 that costs 1 s of decoding an 81-frame 480p video,
         and rounding in the last layers would show in flat areas.
@@ -52,10 +62,9 @@ def load(
     """
     builder = _Builder(checkpoint, torch.device(resolve_device(device)), is_dummy=_is_dummy(load_format))
     compute, vae = _dtype(dtype), _dtype(vae_dtype)
-    transformers = {
-        Expert.HIGH_NOISE: builder.transformer("transformer", compute),
-        Expert.LOW_NOISE: builder.transformer("transformer_2", compute),
-    }
+    transformers = {Expert.HIGH_NOISE: builder.transformer("transformer", compute)}
+    if checkpoint.has_two_experts:
+        transformers[Expert.LOW_NOISE] = builder.transformer("transformer_2", compute)
     for transformer in transformers.values():
         transformer.set_attention(attention or torch_attention)
     return VideoPipeline(
@@ -65,6 +74,8 @@ def load(
         scheduler_config=checkpoint.component("scheduler"),
         device=builder.device,
         attention_name=attention_name,
+        image_encoder=builder.image_encoder() if checkpoint.embeds_images else None,
+        expand_timesteps=checkpoint.task is Task.TEXT_IMAGE_TO_VIDEO,
     )
 
 
@@ -105,6 +116,15 @@ class _Builder:
     def text_model(self, dtype: torch.dtype) -> UMT5EncoderModel:
         return self._fill("text_encoder", lambda: umt5(self._checkpoint.component("text_encoder")), dtype)
 
+    def image_encoder(self) -> ImageEncoder:
+        config = CLIPVisionConfig.from_dict(dict(self._checkpoint.component("image_encoder")))
+        model = self._fill("image_encoder", lambda: CLIPVisionModel(config), torch.float32)
+        # As the tables of positions above.
+        model.embeddings.position_ids = torch.arange(model.embeddings.num_positions, device=self.device)[None]
+        # Pillow's resampling whatever else is installed, so that one image means one embedding.
+        processor = CLIPImageProcessorPil.from_dict(dict(self._checkpoint.component("image_processor")))
+        return ImageEncoder(processor, model)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         directory = self._checkpoint.directory
         folder = None if directory is None else Path(directory, "tokenizer")
@@ -124,5 +144,6 @@ class _Builder:
             random_weights(model, seed=seed, device=self.device, dtype=dtype, in_fp32=in_fp32 or ())
         else:
             files = self._checkpoint.weight_files(component)
-            read_weights(model, files, device=self.device, dtype=dtype, in_fp32=in_fp32 or ())
+            prefix = PREFIXES.get(component, "")
+            read_weights(model, files, device=self.device, dtype=dtype, in_fp32=in_fp32 or (), prefix=prefix)
         return model.eval().requires_grad_(False)

@@ -53,7 +53,7 @@ _TINIER: Final[Configs] = {
 """What is smaller than in the published configs."""
 _DEFAULTS: Final[Mapping[Task, Mapping[str, Any]]] = {
     Task.TEXT_TO_VIDEO: {"guidance_scale": 4.0, "guidance_scale_2": 3.0, "height": 96, "width": 128},
-    Task.IMAGE_TO_VIDEO: {"guidance_scale": 3.5, "guidance_scale_2": 3.5, "height": 96, "width": 128},
+    Task.IMAGE_TO_VIDEO: {"guidance_scale": 3.5, "height": 96, "width": 128},
     Task.TEXT_IMAGE_TO_VIDEO: {"guidance_scale": 5.0, "height": 128, "width": 192},
 }
 _IMAGE_ENCODER: Final[Configs] = {

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from wan_grpc.pipeline.layout import WEIGHT_STEMS
+from wan_grpc.pipeline.layout import PREFIXES, WEIGHT_STEMS
 from wan_grpc.pipeline.published import Configs
 from wan_grpc.pipeline.text import umt5
 from wan_grpc.pipeline.tokenizer import TOKENIZER_CONFIG, byte_tokenizer
@@ -25,8 +25,6 @@ from wan_grpc.pipeline.weights import random_weights
 _CONTRAST: Final = 1.2
 _BELLS: Final = {1: [1.0], 3: [0.25, 0.5, 0.25]}
 _SEEDS: Final = {"text_encoder": 1, "transformer": 2, "transformer_2": 3, "vae": 4, "image_encoder": 5}
-_PREFIXES: Final = {"image_encoder": "vision_model."}
-"""How the names of a component's tensors begin in published files, where its class no longer says so."""
 
 
 def write_model(directory: Path, configs: Configs) -> None:
@@ -40,7 +38,7 @@ def write_model(directory: Path, configs: Configs) -> None:
         random_weights(model, seed=_SEEDS[component], device=torch.device("cpu"), dtype=torch.float32)
         if isinstance(model, AutoencoderKLWan):
             _smooth(model)
-        prefix = _PREFIXES.get(component, "")
+        prefix = PREFIXES.get(component, "")
         state = {f"{prefix}{name}": parameter.detach() for name, parameter in model.named_parameters()}
         file = directory / component / f"{WEIGHT_STEMS[component]}.safetensors"
         file.write_bytes(save(state, metadata={"format": "pt"}))

@@ -21,12 +21,14 @@ def read_weights(
     device: torch.device,
     dtype: torch.dtype,
     in_fp32: Collection[str] = (),
+    prefix: str = "",
 ) -> None:
     """Give every parameter of `model` its tensor from `files`, by name.
 
     Each tensor goes from the mapped file to the device and is cast there: no second copy in host memory.
 
     in_fp32: modules whose parameters stay in fp32, by a part of their dotted name.
+    prefix: with which names may begin in the files alone.
 
     Raises:
         UnusableModelError: a tensor is missing or has another shape than the config says.
@@ -35,9 +37,10 @@ def read_weights(
     for path in files:
         state: dict[str, torch.Tensor] = {}
         with _open(path, device) as shard:
-            for name in shard.keys():  # noqa: SIM118 (not a mapping)
+            for stored in shard.keys():  # noqa: SIM118 (not a mapping)
+                name = stored.removeprefix(prefix)
                 if name in shapes:
-                    state[name] = _own(shard.get_tensor(name), dtype_of(name, dtype, in_fp32))
+                    state[name] = _own(shard.get_tensor(stored), dtype_of(name, dtype, in_fp32))
                     _check_shape(path, name, state[name].shape, shapes[name])
         model.load_state_dict(state, strict=False, assign=True)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
