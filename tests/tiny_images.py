@@ -142,6 +142,16 @@ def reference(
     return output if output_type == "latent" else torch.from_numpy(output[0])
 
 
+def errors(
+    ours: VideoPipeline, request: VideoRequest, frames: InputFrames, expected: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[float, float]:
+    """How far our latents (relative L2) and frames (the worst sample) are from the expected ones."""
+    latents = ours.latents(request, frames=frames, on_step=tiny.ignore)
+    made = torch.cat(list(ours.generate(request, frames=frames, on_step=tiny.ignore))).float() / 255
+    assert made.shape == expected[1].shape
+    return tiny.relative_error(latents, expected[0]), float((made - expected[1]).abs().max())
+
+
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Colours that change over the picture, with detail of every size."""
     generator = torch.Generator().manual_seed(seed)

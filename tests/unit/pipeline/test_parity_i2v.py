@@ -10,7 +10,7 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
 from tests import tiny, tiny_images
-from tests.tiny_images import frames_of, picture
+from tests.tiny_images import errors, frames_of, picture
 from wan_grpc.domain.images import ImageFit, InputFrames
 from wan_grpc.domain.request import VideoRequest
 from wan_grpc.media.image import read_picture
@@ -54,16 +54,6 @@ def theirs() -> WanImageToVideoPipeline:
 @pytest.fixture(scope="module")
 def ours(theirs: WanImageToVideoPipeline) -> VideoPipeline:
     return tiny_images.ours(theirs)
-
-
-def errors(
-    ours: VideoPipeline, video: VideoRequest, frames: InputFrames, expected: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[float, float]:
-    """How far our latents (relative L2) and frames (the worst sample) are from the expected ones."""
-    latents = ours.latents(video, frames=frames, on_step=tiny.ignore)
-    made = torch.cat(list(ours.generate(video, frames=frames, on_step=tiny.ignore))).float() / 255
-    assert made.shape == expected[1].shape
-    return tiny.relative_error(latents, expected[0]), float((made - expected[1]).abs().max())
 
 
 def reference(

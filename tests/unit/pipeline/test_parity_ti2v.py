@@ -10,7 +10,7 @@ from diffusers import WanPipeline
 from PIL import Image
 
 from tests import tiny, tiny_images
-from tests.tiny_images import frames_of, picture
+from tests.tiny_images import errors, frames_of, picture
 from wan_grpc.domain.request import VideoRequest
 from wan_grpc.pipeline import encode
 from wan_grpc.pipeline.image import Condition
@@ -57,20 +57,6 @@ def reference(theirs: WanPipeline, video: VideoRequest, first: Image.Image | Non
     return latents, frames
 
 
-def errors(
-    ours: VideoPipeline,
-    video: VideoRequest,
-    first: Image.Image | None,
-    expected: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[float, float]:
-    """How far our latents (relative L2) and frames (the worst sample) are from the expected ones."""
-    frames = frames_of(first)
-    latents = ours.latents(video, frames=frames, on_step=tiny.ignore)
-    made = torch.cat(list(ours.generate(video, frames=frames, on_step=tiny.ignore))).float() / 255
-    assert made.shape == expected[1].shape
-    return tiny.relative_error(latents, expected[0]), float((made - expected[1]).abs().max())
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_ours_is_the_reference(name: str, theirs: WanPipeline, ours: VideoPipeline) -> None:
     """Latents within 1e-4 and frames within 1/255 of diffusers; another picture, or none, is caught."""
@@ -78,12 +64,12 @@ def test_ours_is_the_reference(name: str, theirs: WanPipeline, ours: VideoPipeli
     video = request(**changes)
     first = picture(video.width, video.height) if has_image else None
     expected = reference(theirs, video, first)
-    found = errors(ours, video, first, expected)
+    found = errors(ours, video, frames_of(first), expected)
     assert found[0] < MAX_LATENT_ERROR
     assert found[1] <= MAX_FRAME_ERROR
 
     other = None if has_image else picture(video.width, video.height, 9)
-    found = errors(ours, video, other, expected)
+    found = errors(ours, video, frames_of(other), expected)
     assert found[0] > MAX_LATENT_ERROR
     assert found[1] > MAX_FRAME_ERROR
 
@@ -163,6 +149,6 @@ def test_a_mistake_is_caught(
     """Whatever is done wrong to the image or its timestep breaks both bounds."""
     video, first, expected = from_an_image
     mistake(monkeypatch)
-    found = errors(ours, video, first, expected)
+    found = errors(ours, video, frames_of(first), expected)
     assert found[0] > MAX_LATENT_ERROR
     assert found[1] > MAX_FRAME_ERROR

@@ -2,12 +2,15 @@
 
 import gc
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
 
-from tests import tiny
+from tests import tiny, tiny_images
 from wan_grpc.domain.events import Progress, Stage
+from wan_grpc.domain.images import InputFrames
+from wan_grpc.domain.request import VideoRequest
 from wan_grpc.domain.variants import Expert
 from wan_grpc.pipeline.video import VideoPipeline
 
@@ -87,6 +90,50 @@ def test_frames_come_slice_by_slice(pipeline: VideoPipeline) -> None:
         (torch.Size([4, 32, 48, 3]), torch.uint8, "cpu", True, 2),
         (torch.Size([4, 32, 48, 3]), torch.uint8, "cpu", True, 3),
     ]
+
+
+@pytest.fixture(scope="module", params=["i2v", "ti2v"])
+def with_image(request: pytest.FixtureRequest) -> tuple[VideoPipeline, VideoRequest, InputFrames]:
+    """A pipeline that takes images, a video for it, and the image that this starts from."""
+    if request.param == "i2v":
+        made, video = tiny_images.make_i2v(), tiny.video(width=48, height=32)
+    else:
+        made, video = tiny_images.make_ti2v(), tiny.video(width=64, height=32, boundary_ratio=None)
+    return tiny_images.ours(made), video, tiny_images.frames_of(tiny_images.picture(video.width, video.height))
+
+
+def test_images_come_after_text(with_image: tuple[VideoPipeline, VideoRequest, InputFrames]) -> None:
+    """Their stage stands between text and denoising, and only where there is an image."""
+    pipeline, video, frames = with_image
+    told: list[Progress] = []
+    list(pipeline.generate(video, frames=frames, on_step=told.append))
+    stages = [stage for stage, _ in groupby(progress.stage for progress in told)]
+    assert stages == [Stage.TEXT, Stage.IMAGE, Stage.DENOISE, Stage.DECODE]
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"), [(Stage.IMAGE, 0), (Stage.IMAGE, 1), (Stage.DENOISE, 0), (Stage.DENOISE, 1), (Stage.DECODE, 1)]
+)
+def test_leaving_a_video_with_an_image_leaves_nothing(
+    stage: Stage, step: int, with_image: tuple[VideoPipeline, VideoRequest, InputFrames]
+) -> None:
+    """Neither when it comes to its end nor when it is left does a tensor stay; the next video is right."""
+    pipeline, video, frames = with_image
+
+    def leave(progress: Progress) -> None:
+        if (progress.stage, progress.step) == (stage, step):
+            raise Leave
+
+    def make() -> torch.Tensor:
+        return torch.cat(list(pipeline.generate(video, frames=frames, on_step=tiny.ignore)))
+
+    expected = make()  # also fills the memory of prompts, which is meant to stay
+    before = live_tensor_bytes()
+    with pytest.raises(Leave):
+        list(pipeline.generate(video, frames=frames, on_step=leave))
+    assert live_tensor_bytes() == before
+    assert torch.equal(make(), expected)
+    assert live_tensor_bytes() == before
 
 
 @pytest.mark.parametrize(
