@@ -14,7 +14,8 @@ MAX_FIELDS = 4096
 _MAX_DEPTH = 16
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
-_MAX_VARINT_BYTES = 10
+_VALUE_BYTES, _SIZE_BYTES = 10, 5
+"""Of a number at most: a value; a key or a length."""
 
 
 class MalformedError(Exception):
@@ -73,25 +74,25 @@ class _Walk:
         """Number, wire type, and where the value begins and stops, of each field."""
         while at < end:
             self._count(1)
-            key, at = self._varint(at, end)
+            key, at = self._varint(at, end, _SIZE_BYTES)
             number, wire_type = key >> 3, key & 7
             if wire_type == _VARINT:
-                _, stop = self._varint(at, end)
+                _, stop = self._varint(at, end, _VALUE_BYTES)
             elif wire_type == _BYTES:
-                length, at = self._varint(at, end)
+                length, at = self._varint(at, end, _SIZE_BYTES)
                 stop = at + length
             elif wire_type in _FIXED_BYTES:
                 stop = at + _FIXED_BYTES[wire_type]
             else:
                 raise MalformedError  # a group, which no message of ours has, or nothing that there is
-            if stop > end or number == 0:
+            if stop > end or not 0 < number <= FieldDescriptor.MAX_FIELD_NUMBER:
                 raise MalformedError
             yield number, wire_type, at, stop
             at = stop
 
-    def _varint(self, at: int, end: int) -> tuple[int, int]:
+    def _varint(self, at: int, end: int, most: int) -> tuple[int, int]:
         value = 0
-        for index, byte in enumerate(self._raw[at : min(end, at + _MAX_VARINT_BYTES)]):
+        for index, byte in enumerate(self._raw[at : min(end, at + most)]):
             value |= (byte & 0x7F) << 7 * index
             if byte < 0x80:
                 return value, at + index + 1
