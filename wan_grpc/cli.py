@@ -134,7 +134,7 @@ def _generate(settings: "GenerateSettings") -> int:
     flags = settings.model_dump(include=set(FIELDS))
     directory = settings.output_path if settings.save_output else None
     try:
-        planned = plan(flags, prompts_file=settings.prompts_file, directory=directory)
+        planned = plan(flags, prompts_file=settings.prompts_file, directory=directory, name_flag="--output-file-name")
     except BatchError as error:
         raise UsageError(error.problems) from error
     try:
@@ -231,7 +231,8 @@ def _show(bar: "Bar", event: Event) -> None:
 
 def _models(settings: "ModelsSettings") -> int:
     from wan_grpc_client import Client, WanGrpcError
-    from wan_grpc_client.display import error_lines, model_lines
+    from wan_grpc_client.display import error_lines
+    from wan_grpc_client.model_table import model_lines
 
     try:
         with Client(settings.address) as client:

@@ -96,11 +96,13 @@ def plan(
     *,
     prompts_file: Path | None = None,
     directory: Path | None,
+    name_flag: str,
 ) -> tuple[Job, ...]:
-    """Every video that the command asks for, seeds drawn, each with a file that is no other's.
+    """Every video that the command asks for, seeds drawn where names need them, each with a file that is no other's.
 
     flags: what the command line says, by the names in FIELDS; with a file of prompts, for lines that say nothing else.
     directory: where files go; None: nowhere.
+    name_flag: what the flag is called that names a file.
 
     Raises:
         BatchError: naming every line and field that cannot be used.
@@ -108,7 +110,7 @@ def plan(
     said = {name: value for name, value in flags.items() if value is not None}
     wishes = [("", said)] if prompts_file is None else _read(prompts_file, said)
     jobs = [job for place, values in wishes for job in _outputs(place, values)]
-    return tuple(_placed(jobs, directory))
+    return tuple(_placed(jobs, directory, name_flag))
 
 
 def suffix(output_format: str | None) -> str:
@@ -237,19 +239,20 @@ def _outputs(place: str, values: Mapping[str, Any]) -> Iterator[Job]:
         asked["output_format"] = asked.pop("format")
     if "size" in asked:
         asked["width"], asked["height"] = frame_size(asked.pop("size"))
-    first = asked.pop("seed", None)
-    if first is None:
-        first = secrets.randbits(32)
+    if count == 1 and name is not None:
+        yield Job(place=place, values=asked, path=Path(name))
+        return
+    first = asked.get("seed", secrets.randbits(32))
     for seed in range(first, first + count):
-        own = name if name is None or count == 1 else _with_seed(name, seed)
-        yield Job(place=place, values={**asked, "seed": seed}, path=None if own is None else Path(own))
+        path = None if name is None else _with_seed(Path(name), seed)
+        yield Job(place=place, values={**asked, "seed": seed}, path=path)
 
 
-def _with_seed(name: str, seed: int) -> str:
-    return str(Path(name).with_stem(f"{Path(name).stem}-{seed}")) if Path(name).name else name
+def _with_seed(path: Path, seed: int) -> Path:
+    return path.with_stem(f"{path.stem}-{seed}") if path.name else path
 
 
-def _placed(jobs: Sequence[Job], directory: Path | None) -> Iterator[Job]:
+def _placed(jobs: Sequence[Job], directory: Path | None, name_flag: str) -> Iterator[Job]:
     """The same jobs, each with a path that no other has.
 
     Raises:
@@ -262,7 +265,8 @@ def _placed(jobs: Sequence[Job], directory: Path | None) -> Iterator[Job]:
     problems = []
     for job in jobs:
         if job.path is not None and (directory / job.path).is_dir():
-            problems.append(f"{job.place}: output_file_name: {directory / job.path} is a directory".removeprefix(": "))
+            said = f"{job.place}: output_file_name" if job.place else name_flag
+            problems.append(f"{said}: {directory / job.path} is a directory")
         elif job.path is not None and (other := taken.setdefault(_key(directory / job.path), job.place)) != job.place:
             problems.append(f"{job.place}: output_file_name: {job.path} is that of {other}")
     if problems:

@@ -2,13 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from wan_grpc.v1 import generation_pb2 as pb
-from wan_grpc.v1 import video_generation_service_pb2 as service_pb
 from wan_grpc_client.bar import Bar
 from wan_grpc_client.errors import WanGrpcError
-from wan_grpc_client.events import Accepted, Event, GenerationStatus, Progress, Queued, Reattaching, Resumed, words
+from wan_grpc_client.events import Accepted, Event, GenerationStatus, Progress, Queued, Reattaching, Resumed
 from wan_grpc_client.following import Video
 
 
@@ -80,29 +77,6 @@ def status_lines(status: GenerationStatus) -> Iterator[str]:
 def status_row(status: GenerationStatus) -> str:
     """A generation on one line."""
     return f"{status.name}  {_local_time(status.create_time_s)}  {status.state}{_situation(status)}"
-
-
-def model_lines(answer: service_pb.GetModelResponse) -> Iterator[str]:
-    """What a server can do, one fact a line."""
-    model, deployment = answer.model, answer.deployment
-    yield f"model: {model.model_id}" + (" (random weights: its videos are noise)" if model.embedded else "")
-    yield f"server: wan-grpc {answer.server_version}, {'ready' if deployment.ready else deployment.detail}"
-    if deployment.device:
-        yield f"runs on: {deployment.topology.world_size} x {deployment.device}, {deployment.dtype}"
-    load = f"{deployment.num_running} running, {deployment.num_queued} waiting"
-    yield f"queue: {load}, room for {model.limits.max_queued}"
-    yield f"tasks: {', '.join(words(pb.Task, model.tasks))}"
-    yield f"sizes: {', '.join(f'{size.width}x{size.height}' for size in model.sizes) or 'any that keep the rules'}"
-    yield f"output formats: {', '.join(words(pb.OutputFormat, model.output_formats))}"
-    yield "defaults:"
-    yield from (f"  {name}: {value}" for name, value in _defaults(model.defaults))
-    yield from (f"not served: {part.rpc or part.field}: {part.description}" for part in answer.unserved)
-
-
-def _defaults(defaults: Any) -> Iterator[tuple[str, Any]]:
-    for field, value in defaults.ListFields():
-        shown = words(pb.OutputFormat, [value])[0] if field.name == "output_format" else value
-        yield field.name, shown
 
 
 def _situation(status: GenerationStatus) -> str:

@@ -77,6 +77,10 @@ _FAMILY: Final[dict[grpc.StatusCode, type[WanGrpcError]]] = {
 }
 
 
+_TOO_LARGE: Final = "larger than max"
+"""What gRPC itself says of a message above the server's bound."""
+
+
 def from_rpc(error: grpc.RpcError) -> WanGrpcError:
     """The member of the family that `error`, the end of a call, stands for."""
     code = error.code()
@@ -84,4 +88,6 @@ def from_rpc(error: grpc.RpcError) -> WanGrpcError:
     trailer = next((value for key, value in metadata if key == TRAILER), None)
     details = read_details(trailer if isinstance(trailer, bytes) else None)
     message = error.details() or f"the call ended in {code.name}"
+    if not details.reason and code is _Code.RESOURCE_EXHAUSTED and _TOO_LARGE in message:
+        return RefusedError(code, message, details)
     return _FAMILY.get(code, ServerError)(code, message, details)

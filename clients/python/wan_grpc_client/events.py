@@ -33,7 +33,17 @@ class Resolved:
     flow_shift: float
     boundary_ratio: float | None
     seed: int
+    image_sha256: str
+    """Of the first image as it was sent, lower-case hexadecimal; empty for none."""
+    last_image_sha256: str
+    image_fit: str | None
+    """How images were brought to the size of the video; None without images."""
     output_format: str
+    crf: int | None
+    """None, here and below: the format knows no such thing."""
+    bitrate_bps: int | None
+    quality: int | None
+    pixel_format: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +218,7 @@ def words(enum: Any, numbers: Iterable[int]) -> tuple[str, ...]:
 
 
 def _read_resolved(spec: pb.ResolvedSpec) -> Resolved:
+    encoding = spec.encoding
     return Resolved(
         prompt=spec.prompt,
         negative_prompt=spec.negative_prompt,
@@ -221,7 +232,14 @@ def _read_resolved(spec: pb.ResolvedSpec) -> Resolved:
         flow_shift=spec.flow_shift,
         boundary_ratio=_if_set(spec, "boundary_ratio", float),
         seed=spec.seed,
+        image_sha256=spec.image_sha256,
+        last_image_sha256=spec.last_image_sha256,
+        image_fit=word(pb.ImageFit, spec.image_fit) if spec.image_fit else None,
         output_format=word(pb.OutputFormat, spec.output_format),
+        crf=_if_set(encoding, "crf", int),
+        bitrate_bps=_if_set(encoding, "bitrate_bps", int),
+        quality=_if_set(encoding, "quality", int),
+        pixel_format=word(pb.PixelFormat, encoding.pixel_format) if encoding.pixel_format else None,
     )
 
 

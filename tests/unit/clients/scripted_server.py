@@ -39,7 +39,10 @@ RESOLVED = pb.ResolvedSpec(
     flow_shift=12.0,
     boundary_ratio=0.875,
     seed=7,
+    image_sha256="ab" * 32,
+    image_fit=pb.IMAGE_FIT_COVER,
     output_format=pb.OUTPUT_FORMAT_MP4_H264,
+    encoding=pb.EncodingOptions(crf=18, pixel_format=pb.PIXEL_FORMAT_YUV420P),
 )
 
 

@@ -58,7 +58,14 @@ RESOLVED = Resolved(
     flow_shift=12.0,
     boundary_ratio=0.875,
     seed=7,
+    image_sha256="ab" * 32,
+    last_image_sha256="",
+    image_fit="cover",
     output_format="mp4_h264",
+    crf=18,
+    bitrate_bps=None,
+    quality=None,
+    pixel_format="yuv420p",
 )
 ACCEPTED = Accepted(resolved=RESOLVED, warnings=("the prompt is long",))
 INFO = VideoInfo(output_format="mp4_h264", media_type="video/mp4", width=64, height=48, num_frames=5, fps=8)
