@@ -4,11 +4,11 @@ Knows the rules of each field. Does not know protobuf, and does no work.
 """
 
 import math
-import unicodedata
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from wan_grpc.domain.errors import InvalidRequestError, Violation
 from wan_grpc.domain.formats import FORMATS, Encoding, OutputFormat, encoding_violations, resolve_encoding
@@ -20,6 +20,9 @@ MAX_SEED = 2**63 - 1
 MAX_FPS = 120
 MAX_GUIDANCE = 100.0
 MAX_FLOW_SHIFT = 100.0
+_CONTROL: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""Unicode's category Cc but for tabs and line ends."""
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 T = TypeVar("T")
 
@@ -116,11 +119,11 @@ def resolve(
     video = _filled(request, card, width=width, height=height, fallback_seed=fallback_seed, first=first, last=last)
     violations = (
         *_text_violations(video, card),
-        *_size_violations(asked_width, asked_height, card),
+        *_size_violations(request, asked_width, asked_height, card),
         *_length_violations(video, card),
         *_number_violations(request, video, card),
-        *_image_violations(request, video, card, first=first, last=last),
-        *_format_violations(request, video, card),
+        *_image_violations(request, video, card, first=first, last=last, area=asked_width * asked_height),
+        *_format_violations(video, card),
         *_job_violations(request),
         *found,
     )
@@ -141,7 +144,8 @@ def _filled(
 ) -> VideoRequest:
     defaults = card.defaults
     guidance = _either(request.guidance_scale, defaults.guidance_scale)
-    second_default = defaults.guidance_scale_2 if request.guidance_scale is None else guidance
+    has_own_default = request.guidance_scale is None and card.has_two_experts
+    second_default = defaults.guidance_scale_2 if has_own_default else guidance
     output_format = _either(request.output_format, OutputFormat.MP4_H264)
     return VideoRequest(
         prompt=request.prompt,
@@ -172,10 +176,10 @@ def _text_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation
     if not video.prompt.strip():
         yield Violation(field="spec.prompt", description="must not be empty", reason="REQUIRED")
     for field, text in (("spec.prompt", video.prompt), ("spec.negative_prompt", video.negative_prompt)):
-        if not _is_unicode(text):
+        if _SURROGATE.search(text):
             yield Violation(field=field, description="holds half of a surrogate pair", reason="NOT_UNICODE")
-        if control := next(filter(_is_control, text), None):
-            sentence = f"holds the control character U+{ord(control):04X}"
+        if control := _CONTROL.search(text):
+            sentence = f"holds the control character U+{ord(control[0]):04X}"
             yield Violation(field=field, description=sentence, reason="CONTROL_CHARACTER")
         size = len(text.encode("utf-8", "surrogatepass"))
         if size > card.limits.max_prompt_bytes:
@@ -183,7 +187,7 @@ def _text_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation
             yield Violation(field=field, description=sentence, reason="TOO_LONG")
 
 
-def _size_violations(width: int, height: int, card: ModelCard) -> Iterator[Violation]:
+def _size_violations(request: GenerationRequest, width: int, height: int, card: ModelCard) -> Iterator[Violation]:
     for field, value in (("spec.width", width), ("spec.height", height)):
         if value < card.size_multiple or value % card.size_multiple:
             sentence = f"{value} is not a positive multiple of {card.size_multiple}"
@@ -193,7 +197,8 @@ def _size_violations(width: int, height: int, card: ModelCard) -> Iterator[Viola
             yield Violation(field=field, description=sentence, reason="TOO_LARGE")
     if width > 0 and height > 0 and width * height > card.limits.max_area:
         sentence = f"{width} x {height} = {width * height} pixels a frame; at most {card.limits.max_area}"
-        yield Violation(field="spec.width", description=sentence, reason="TOO_LARGE")
+        field = "spec.height" if request.width is None and request.height is not None else "spec.width"
+        yield Violation(field=field, description=sentence, reason="TOO_LARGE")
 
 
 def _length_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation]:
@@ -212,7 +217,8 @@ def _number_violations(request: GenerationRequest, video: VideoRequest, card: Mo
     yield from _outside("spec.guidance_scale", video.guidance_scale, 0.0, MAX_GUIDANCE)
     if request.guidance_scale_2 is not None:  # else it is guidance_scale again, and has been complained about
         yield from _outside("spec.guidance_scale_2", video.guidance_scale_2, 0.0, MAX_GUIDANCE)
-        if not card.has_two_experts:
+        # `accepted` tells it nevertheless, and what it tells can be sent again.
+        if not card.has_two_experts and video.guidance_scale_2 != video.guidance_scale:
             sentence = "this model has one expert: guidance_scale is its guidance"
             yield Violation(field="spec.guidance_scale_2", description=sentence, reason="DOES_NOT_APPLY")
     if not 0.0 < video.flow_shift <= MAX_FLOW_SHIFT:
@@ -233,6 +239,7 @@ def _image_violations(
     *,
     first: ImageFacts | None,
     last: ImageFacts | None,
+    area: int,
 ) -> Iterator[Violation]:
     if card.needs_image and request.image is None:
         sentence = "this model makes a video from its first image, which must be given"
@@ -256,25 +263,28 @@ def _image_violations(
         if image is not None:
             yield from _fit_violations(field, image, video)
     if first is not None and request.image_fit is None:
-        yield from _aspect_violations(first, video, card)
+        yield from _aspect_violations(first, video, card, area=area)
 
 
 def _fit_violations(field: str, image: ImageFacts, video: VideoRequest) -> Iterator[Violation]:
+    if min(video.width, video.height) <= 0:
+        return  # which has been complained about
     if video.image_fit is ImageFit.EXACT and image.width * video.height != image.height * video.width:
         sentence = f"{image.width} x {image.height} does not have the aspect of {video.width} x {video.height}"
         yield Violation(field=field, description=sentence, reason="OTHER_ASPECT")
 
 
-def _aspect_violations(image: ImageFacts, video: VideoRequest, card: ModelCard) -> Iterator[Violation]:
+def _aspect_violations(image: ImageFacts, video: VideoRequest, card: ModelCard, *, area: int) -> Iterator[Violation]:
     """A size that follows from an image may break rules that the sizes that were asked for keep."""
-    if max(video.width, video.height) > card.max_side or video.width * video.height > card.limits.max_area:
+    if 0 < area < video.width * video.height or max(video.width, video.height) > card.max_side:
         sentence = (
-            f"{image.width} x {image.height} is too long for a video of the same aspect; name an image_fit and a size"
+            f"{image.width} x {image.height} is too long for a video of the same aspect with at most {area} pixels a "
+            f"frame and {card.max_side} a side; name an image_fit and a size"
         )
         yield Violation(field="spec.image", description=sentence, reason="OTHER_ASPECT")
 
 
-def _format_violations(request: GenerationRequest, video: VideoRequest, card: ModelCard) -> Iterator[Violation]:
+def _format_violations(video: VideoRequest, card: ModelCard) -> Iterator[Violation]:
     name, rule = video.output_format, FORMATS[video.output_format]
     if name not in card.formats:
         sentence = f"{name} is not one of {', '.join(card.formats)}"
@@ -289,8 +299,9 @@ def _format_violations(request: GenerationRequest, video: VideoRequest, card: Mo
     if rule.max_pixels is not None and pixels > rule.max_pixels:
         sentence = f"{name} is for small videos: {pixels} pixels in all frames; at most {rule.max_pixels}"
         yield Violation(field="spec.output_format", description=sentence, reason="DOES_NOT_FIT")
-    if max(video.width, video.height) > rule.max_side or 0 < min(video.width, video.height) < rule.min_side:
-        sentence = f"{name} has sides of {rule.min_side} to {rule.max_side} pixels"
+    longest, shortest = max(video.width, video.height), min(video.width, video.height)
+    if rule.max_side < longest <= card.max_side or 0 < shortest < rule.min_side:
+        sentence = f"{name} has sides of {rule.min_side} to {rule.max_side} pixels, not {video.width} x {video.height}"
         yield Violation(field="spec.output_format", description=sentence, reason="DOES_NOT_FIT")
     yield from encoding_violations(video.encoding, name)
 
@@ -303,7 +314,7 @@ def _job_violations(request: GenerationRequest) -> Iterator[Violation]:
         sentence = f"{request.max_duration_s} s is not a positive, finite time"
         yield Violation(field="spec.max_duration", description=sentence, reason="OUT_OF_RANGE")
     if request.detach_grace_s is not None and not request.detach_grace_s >= 0.0:
-        sentence = f"{request.detach_grace_s} s is negative"
+        sentence = f"{request.detach_grace_s} s is not zero or more"
         yield Violation(field="spec.detach_grace", description=sentence, reason="OUT_OF_RANGE")
 
 
@@ -311,14 +322,6 @@ def _outside(field: str, value: float, low: float, high: float) -> Iterator[Viol
     if not low <= value <= high:  # NaN compares false with everything, so it lands here too
         sentence = f"{value} is not between {low} and {high}"
         yield Violation(field=field, description=sentence, reason="OUT_OF_RANGE")
-
-
-def _is_control(character: str) -> bool:
-    return unicodedata.category(character) == "Cc" and character not in "\t\n\r"
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_uuid4(text: str) -> bool:
