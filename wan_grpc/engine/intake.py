@@ -7,6 +7,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Final
 
 from wan_grpc.domain.errors import InvalidRequestError, Violation
 from wan_grpc.domain.images import ImageFit, InputFrames
@@ -16,6 +17,10 @@ from wan_grpc.media.image import Picture, read_picture
 
 CountTokens = Callable[[str], int]
 """Tokens of a prompt as the model's tokenizer makes them, its end included."""
+QUICK_TEXT_BYTES: Final = 2048
+"""What is cleaned and counted in a few milliseconds at worst."""
+MOST_EXPANSION: Final = 11
+"""Bytes that a byte of a prompt becomes at most before tokens are cut from it: U+FDFA has 3, and 33 spelled out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +40,11 @@ class Intake:
         self._count_tokens = count_tokens
 
     def is_quick(self, request: GenerationRequest) -> bool:
-        """Whether `prepare` takes no time worth a thread: no image to decode and no text that may be too long."""
-        texts = (request.prompt, request.negative_prompt or self._card.defaults.negative_prompt)
-        return not _has_image(request) and not any(map(self._may_be_too_long, texts))
+        """Whether `prepare` takes no time worth a thread: no image to decode, and no text that is long to count."""
+        texts = (request.prompt, _asked_or(self._card.defaults.negative_prompt, request.negative_prompt))
+        takes_first = request.image is not None and self._card.takes_image
+        takes_last = request.last_image is not None and self._card.takes_last_image
+        return not (takes_first or takes_last) and all(_num_bytes(text) <= QUICK_TEXT_BYTES for text in texts)
 
     def prepare(self, request: GenerationRequest, found: tuple[Violation, ...] = ()) -> Prepared:
         """Read images, fill open values, draw a seed.
@@ -84,8 +91,9 @@ class Intake:
             yield f"{field}: {num_tokens} tokens, of which the model reads the first {most}"
 
     def _may_be_too_long(self, text: str) -> bool:
-        """A token is at least one byte, but for two: the mark of the first word and the end. Counting costs more."""
-        return len(text.encode("utf-8", "surrogatepass")) + 2 > self._card.max_text_tokens
+        """False for what cannot be: a token is at least one byte, but for those of the first word and of the end."""
+        growth = 1 if text.isascii() and "&" not in text else MOST_EXPANSION
+        return growth * _num_bytes(text) + 2 > self._card.max_text_tokens
 
 
 def fingerprint(request: GenerationRequest) -> GenerationRequest:
@@ -97,8 +105,12 @@ def _digest(data: bytes | None) -> bytes | None:
     return None if data is None else hashlib.sha256(data).digest()
 
 
-def _has_image(request: GenerationRequest) -> bool:
-    return request.image is not None or request.last_image is not None
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def _asked_or(default: str, asked: str | None) -> str:
+    return default if asked is None else asked
 
 
 def _fitted(picture: Picture | None, video: VideoRequest) -> bytes | None:
