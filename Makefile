@@ -49,6 +49,12 @@ distributed: $(VENV)/.dev ## Tests of N rank processes against one
 functional: $(VENV)/.dev promtool ## Tests of a real server and its real clients
 	$(BIN)/pytest tests/functional
 
+.PHONY: fuzz
+FUZZ_RUNS ?= 100000
+fuzz: $(VENV)/.dev ## Fuzz the reading of input images with FUZZ_RUNS=100000 files; no part of `make test`
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[fuzz]'
+	PYTHONPATH=. $(BIN)/python tests/fuzz/fuzz_images.py -runs=$(FUZZ_RUNS)
+
 ##@ Change
 .PHONY: format proto lock clean
 format: $(VENV)/.dev ## Format the code and mend what ruff can mend
