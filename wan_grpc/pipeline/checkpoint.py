@@ -77,6 +77,12 @@ class Checkpoint:
         """Whether the experts listen to an image encoder."""
         return self.value("transformer", "image_dim") is not None
 
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where the tokenizer's files are; None where there are none, as random weights need none."""
+        folder = None if self.directory is None else Path(self.directory, "tokenizer")
+        return folder if folder and any((folder / name).is_file() for name in layout.TOKENIZER_FILES) else None
+
     def weight_files(self, component: str) -> list[Path]:
         assert self.directory is not None, "a checkpoint without files has no weights to read"
         files, trouble = layout.weight_files(Path(self.directory, component), layout.WEIGHT_STEMS[component])

@@ -4,7 +4,6 @@ Knows the components, their dtypes and where each comes from. Does not know what
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
@@ -26,9 +25,9 @@ from wan_grpc.domain.variants import Expert, Task
 from wan_grpc.pipeline.checkpoint import DUMMY, LOAD_FORMATS, Checkpoint
 from wan_grpc.pipeline.device import resolve_device
 from wan_grpc.pipeline.image_encoder import ImageEncoder
-from wan_grpc.pipeline.layout import PREFIXES, TOKENIZER_FILES
+from wan_grpc.pipeline.layout import PREFIXES
 from wan_grpc.pipeline.text import TextEncoder, umt5
-from wan_grpc.pipeline.tokenizer import END, PAD, UNKNOWN, byte_tokenizer
+from wan_grpc.pipeline.tokenizer import END, PAD, UNKNOWN, byte_tokenizer, read_tokenizer
 from wan_grpc.pipeline.transformer import AttentionFunction, WanTransformer, torch_attention
 from wan_grpc.pipeline.video import VideoPipeline
 from wan_grpc.pipeline.weights import random_weights, read_weights
@@ -68,7 +67,7 @@ def load(
     for transformer in transformers.values():
         transformer.set_attention(attention or torch_attention)
     return VideoPipeline(
-        text_encoder=TextEncoder(builder.tokenizer(), builder.text_model(compute)),
+        text_encoder=TextEncoder(load_tokenizer(checkpoint), builder.text_model(compute)),
         transformers=transformers,
         vae=builder.vae(vae),
         scheduler_config=checkpoint.component("scheduler"),
@@ -76,6 +75,20 @@ def load(
         attention_name=attention_name,
         image_encoder=builder.image_encoder() if checkpoint.embeds_images else None,
         expand_timesteps=checkpoint.task is Task.TEXT_IMAGE_TO_VIDEO,
+    )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's own; where it brings none, which random weights allow, that of bytes."""
+    folder = checkpoint.tokenizer_folder
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return tokenizer
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=byte_tokenizer() if folder is None else read_tokenizer(folder),
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
     )
 
 
@@ -124,16 +137,6 @@ class _Builder:
         # Pillow's resampling whatever else is installed, so that one image means one embedding.
         processor = CLIPImageProcessorPil.from_dict(dict(self._checkpoint.component("image_processor")))
         return ImageEncoder(processor, model)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        directory = self._checkpoint.directory
-        folder = None if directory is None else Path(directory, "tokenizer")
-        if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
-            return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-                tokenizer_object=byte_tokenizer(), pad_token=PAD, eos_token=END, unk_token=UNKNOWN
-            )
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return tokenizer
 
     def _fill(self, component: str, make: Callable[[], M], dtype: torch.dtype) -> M:
         with torch.device("meta"):

@@ -6,13 +6,11 @@ Knows how prompts are cleaned and the checkpoint's tokenizer. Does not know what
 import html
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import ftfy
-from tokenizers import Tokenizer
 
 from wan_grpc.pipeline.checkpoint import Checkpoint
-from wan_grpc.pipeline.tokenizer import byte_tokenizer
+from wan_grpc.pipeline.tokenizer import byte_tokenizer, read_tokenizer
 
 
 def clean(prompt: str) -> str:
@@ -22,15 +20,11 @@ def clean(prompt: str) -> str:
 
 
 def token_counter(checkpoint: Checkpoint) -> Callable[[str], int]:
-    """A function from a prompt to the number of its tokens, its end included."""
-    tokenizer = _tokenizer(checkpoint)
+    """A function from a prompt to the number of its tokens, its end included. It may be called from any thread.
+
+    Raises:
+        UnusableModelError: the checkpoint's tokenizer is broken.
+    """
+    folder = checkpoint.tokenizer_folder
+    tokenizer = byte_tokenizer() if folder is None else read_tokenizer(folder)
     return lambda prompt: len(tokenizer.encode(clean(prompt)))
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    if checkpoint.directory is None:
-        return byte_tokenizer()
-    tokenizer = Tokenizer.from_file(str(Path(checkpoint.directory, "tokenizer/tokenizer.json")))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
