@@ -156,13 +156,14 @@ async def _make(settings: "GenerateSettings", planned: Sequence["Job"], bar: "Ba
         _show(bar, event)
 
     code = DONE
+    is_one = len(planned) == 1 and settings.prompts_file is None
     outcomes = app.generate(settings, [_offline(job) for job in planned], on_event)
     async with contextlib.aclosing(outcomes):
         for job in planned:
             outcome = await anext(outcomes)
             bar.close()
             if isinstance(outcome, app.Made):
-                print(*_facts(outcome, job), sep=", " if len(planned) > 1 else "\n", flush=True)
+                print(*_facts(outcome, job), sep="\n" if is_one else ", ", flush=True)
             else:
                 code = _fail(settings.command, f"{job.place}: {_sentence(outcome)}".removeprefix(": "))
     return code
@@ -194,9 +195,11 @@ def _as(kind: Callable[[str], T], name: str | None) -> T | None:
 
 
 def _facts(made: "app.Made", job: "Job") -> tuple[str, str]:
+    from wan_grpc_client.display import picture_words
+
     video = made.video
     place = f"{job.path}: " if job.path else ""
-    size = f"{video.width}x{video.height}, {video.num_frames} frames at {video.fps} fps"
+    size = picture_words(video.width, video.height, video.num_frames, video.fps)
     return f"{place}{size}, {made.completed.size_bytes} bytes, seed {video.seed}", f"sha256 {made.completed.sha256}"
 
 

@@ -137,19 +137,20 @@ def _generate(client: Client, asked: argparse.Namespace) -> int:
     """Make what is asked for, one video after the other; the exit code."""
     jobs = _plan(asked)
     code = DONE
+    is_one = len(jobs) == 1 and asked.prompts_file is None
     for number, job in enumerate(jobs, 1):
         with Bar(sys.stderr) as bar:
-            bar.wait(f"waiting for {asked.address}" if len(jobs) == 1 else f"{number} of {len(jobs)}")
+            place = "" if is_one else f"{number} of {len(jobs)}: "
             try:
-                video = _make(client, asked, job, bar, is_patient=len(jobs) > 1)
+                video = _make(client, asked, job, bar, place)
             except (WanGrpcError, OSError) as error:
-                if len(jobs) == 1:
+                if is_one:
                     raise
                 bar.close()
                 code = _tell_failure(asked, job, error)
                 continue
         lines = video_lines(video)
-        _tell(lines if len(jobs) == 1 else [", ".join(lines)], sys.stderr if asked.output == _STDOUT else sys.stdout)
+        _tell(lines if is_one else [", ".join(lines)], sys.stderr if asked.output == _STDOUT else sys.stdout)
     return code
 
 
@@ -167,12 +168,12 @@ def _plan(asked: argparse.Namespace) -> Sequence[Job]:
         flags["output_file_name"] = ("picture" if picture else "video") + suffix(asked.format)
     if problems := list(_conflicts(asked)):
         raise BatchError(problems)
-    if asked.output_path != Path():
-        asked.output_path.mkdir(parents=True, exist_ok=True)
     directory = None if asked.output == _STDOUT else asked.output_path
     jobs = plan(flags, prompts_file=asked.prompts_file, directory=directory, name_flag="--output")
     if problems := [fault for job in jobs for fault in _faults(asked, job)]:
         raise BatchError(list(dict.fromkeys(problems)))
+    for path in (asked.output_path, *(job.path.parent for job in jobs if job.place and job.path)):
+        path.mkdir(parents=True, exist_ok=True)
     return jobs
 
 
@@ -219,20 +220,21 @@ def _options(asked: argparse.Namespace, job: Job) -> Options:
     return options
 
 
-def _make(client: Client, asked: argparse.Namespace, job: Job, bar: Bar, *, is_patient: bool) -> Video:
-    """One video. A full queue is waited for when `is_patient`."""
+def _make(client: Client, asked: argparse.Namespace, job: Job, bar: Bar, place: str) -> Video:
+    """One video. Where it is one of several, which `place` says, a full queue is waited for."""
     options = _options(asked, job)
     output: Output = sys.stdout.buffer if asked.output == _STDOUT else job.path
     while True:
         try:
             with client.generate(job.values["prompt"], output=output, timeout_s=asked.timeout, **options) as generation:
+                bar.wait(f"{place}waiting for {asked.address}")
                 for event in generation:
                     show_event(bar, event)
                 return generation.result()
         except TryAgainError as error:
-            if not is_patient or error.reason not in _FULL:
+            if not place or error.reason not in _FULL:
                 raise
-            bar.wait(f"{error.message}; trying again")
+            bar.wait(f"{place}{error.message}; trying again")
             time.sleep(error.retry_after_s or _FULL_RETRY_S)
 
 

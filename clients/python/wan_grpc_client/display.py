@@ -38,9 +38,14 @@ def video_lines(video: Video) -> Iterator[str]:
     """Where the video is and what it is."""
     info = video.info
     place = f"{video.path}: " if video.path else ""
-    size = f"{info.width}x{info.height}, {info.num_frames} frames at {info.fps} fps"
+    size = picture_words(info.width, info.height, info.num_frames, info.fps)
     yield f"{place}{size}, {video.size_bytes} bytes, seed {video.resolved.seed}"
     yield f"sha256 {video.sha256}"
+
+
+def picture_words(width: int, height: int, num_frames: int, fps: int) -> str:
+    """How large and how long a video is."""
+    return f"{width}x{height}, " + ("1 frame" if num_frames == 1 else f"{num_frames} frames at {fps} fps")
 
 
 def error_lines(error: WanGrpcError, *, field_name: Callable[[str], str] = str) -> Iterator[str]:
@@ -60,7 +65,7 @@ def status_lines(status: GenerationStatus) -> Iterator[str]:
     resolved = status.resolved
     yield f"{status.name} {status.state}{_situation(status)}"
     yield f"  prompt: {resolved.prompt}"
-    size = f"{resolved.width}x{resolved.height}, {resolved.num_frames} frames at {resolved.fps} fps"
+    size = picture_words(resolved.width, resolved.height, resolved.num_frames, resolved.fps)
     yield f"  video: {size}, {resolved.num_inference_steps} steps, {resolved.output_format}, seed {resolved.seed}"
     yield f"  accepted: {_local_time(status.create_time_s)}"
     if status.end_time_s is not None:
