@@ -162,7 +162,7 @@ class WanTransformer(WanTransformer3DModel):
         """Time [B, n, inner_dim], modulation, and what is attended to, [B, m, inner_dim].
 
         The modulation is as blocks take it: [B, 6, inner_dim], or [B, S, 6, inner_dim] if tokens differ in timestep.
-        Each run of tokens is embedded once: a row of its own for each of 27,280 tokens costs 20 ms a forward.
+        A run of tokens is embedded once, not token by token: the largest video has 27,280 of them, in 31 runs.
         """
         num_runs = timestep.shape[1] if timestep.ndim == 2 else None
         temb, modulation, context, image_context = self.condition_embedder(
