@@ -31,7 +31,7 @@ _OTHER_FORMATS: Final = (
     (re.compile(rb"\0\0[\1\2]\0"), "ICO"),
     (re.compile(rb"8BPS"), "PSD"),
     (re.compile(rb"%PDF"), "PDF"),
-    (re.compile(rb"(?s)(?:\xef\xbb\xbf)?\s*(?:<\?xml|<!--|<!DOCTYPE svg|<svg).{0,2000}"), "SVG"),
+    (re.compile(rb"(?s)(?:\xef\xbb\xbf)?\s*(?:<\?xml|<!--|<!DOCTYPE svg|<svg)"), "SVG"),
 )
 _PNG_DEPTHS: Final = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 """Bits a sample that each colour type has."""
@@ -89,7 +89,7 @@ def read_still(data: bytes) -> Still:
     if not data:
         raise PictureError("NOT_AN_IMAGE", "is empty")
     for pattern, name in _OTHER_FORMATS:
-        if pattern.match(data):
+        if pattern.match(data[:1024]):
             raise PictureError("NOT_SERVED", f"is {name}; PNG, JPEG and WebP are read")
     raise PictureError("NOT_AN_IMAGE", "is not a PNG, JPEG or WebP file")
 

@@ -1,7 +1,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wan_grpc.domain.images import ImageFacts, size_of_same_aspect
@@ -37,6 +37,7 @@ def test_sizes_of_the_same_aspect(image: tuple[int, int], area: int, multiple: i
     assert size_of_same_aspect(facts(*image), area=area, multiple=multiple) == size
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 2**16),
     st.integers(1, 2**16),
@@ -55,6 +56,7 @@ def test_each_side_is_the_largest_multiple(width: int, height: int, area: int, m
         assert found[0] * found[1] <= area
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**10), st.integers(1, 2**10), st.integers(1, 2**6), st.sampled_from([16, 32]))
 def test_a_frame_that_fits_comes_back(columns: int, rows: int, scale: int, multiple: int) -> None:
     """An image of the aspect and area of a valid frame gives that frame: no rounding error costs a multiple."""
@@ -63,6 +65,7 @@ def test_a_frame_that_fits_comes_back(columns: int, rows: int, scale: int, multi
     assert size_of_same_aspect(image, area=width * height, multiple=multiple) == (width, height)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**16), st.integers(1, 2**16), st.integers(1, 2**24))
 def test_an_image_on_its_side_gives_the_frame_on_its_side(width: int, height: int, area: int) -> None:
     """Neither direction is favoured."""

@@ -792,7 +792,7 @@ IMAGES = st.builds(facts, st.integers(1, 9999), st.integers(1, 9999)) | st.build
 CARDS = [CARD, ONE_EXPERT, I2V, FIRST_AND_LAST, TI2V, replace(I2V, max_side=2048), RAW_ONLY]
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(REQUESTS | LIKELY, st.sampled_from(CARDS), IMAGES, IMAGES)
 def test_any_request_is_resolved_or_refused(
     request: GenerationRequest, card: ModelCard, first: ImageFacts, last: ImageFacts

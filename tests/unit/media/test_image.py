@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from diffusers.video_processor import VideoProcessor
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -669,6 +669,7 @@ def test_an_image_of_the_right_size_is_left_alone(fit: ImageFit) -> None:
     assert (fitted(pixels, 48, 32, fit) == pixels).all()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 70), st.integers(1, 70), st.sampled_from(ImageFit))
 @example(4096, 1, 16, 16, ImageFit.CONTAIN)
 @example(1, 4096, 16, 16, ImageFit.COVER)
