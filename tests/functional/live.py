@@ -95,6 +95,8 @@ class Ending:
     retry_after_s: float | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     fields: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+    """The reason beside each of the fields."""
 
 
 OK = Ending(code=grpc.StatusCode.OK)
@@ -117,6 +119,7 @@ def ending(error: grpc.RpcError) -> Ending:
         retry_after_s=retry.retry_delay.ToTimedelta().total_seconds() if has_retry else None,
         metadata=dict(info.metadata),
         fields=tuple(violation.field for violation in wrong.field_violations),
+        rules=tuple(violation.reason for violation in wrong.field_violations),
     )
 
 
