@@ -39,9 +39,9 @@ def _facts(answer: service_pb.GetModelResponse) -> Iterator[tuple[str, str]]:
     load = f"{deployment.num_running} running, {deployment.num_queued} waiting"
     yield "queue", f"{load}, room for {model.limits.max_queued}"
     yield "tasks", _listed(words(pb.Task, model.tasks))
-    sizes = _listed(f"{size.width}x{size.height}" for size in model.sizes)
+    sizes = "".join(f"{size.width}x{size.height}, " for size in model.sizes)
     side = f" up to {model.rules.max_side}" if model.rules.max_side else ""
-    yield "sizes", f"{sizes}; others in multiples of {model.rules.size_multiple}{side}"
+    yield "sizes", f"{sizes}{'or ' if sizes else ''}any in multiples of {model.rules.size_multiple}{side}"
     yield "frames", f"1 more than a multiple of {model.rules.num_frames_multiple}"
     yield "images", _images(model.rules)
     yield "text", f"the first {model.rules.max_text_tokens} tokens of a prompt count"

@@ -631,6 +631,36 @@ def test_an_endless_grace_is_sent_as_such(server: ScriptedServer, follow: Follow
     assert server.calls == [service_pb.GenerateRequest(spec=spec, request_id=ID)]
 
 
+def test_images_and_encoding_are_sent(server: ScriptedServer, follow: Follow, tmp_path: Path) -> None:
+    """Bytes go as they are, paths as the bytes that are there, sizes as sides, names as values of the API."""
+    (tmp_path / "a.png").write_bytes(b"first")
+    options: list[dict[str, Any]] = [
+        {"image": b"first", "last_image": str(tmp_path / "a.png"), "size": "64x48", "crf": 0, "quality": 90},
+        {"image": tmp_path / "a.png", "image_fit": "exact", "size": (64, 48), "bitrate_bps": 10_000, "width": None},
+        {"pixel_format": "yuv444p10", "output_format": "mp4_h265", "image": None, "crf": None},
+    ]
+    for one in options:
+        server.streams.append(script.whole_video())
+        follow(server.address, **one)
+    sides = {"width": 64, "height": 48}
+    specs = [
+        pb.GenerationSpec(image=b"first", last_image=b"first", encoding=pb.EncodingOptions(crf=0, quality=90), **sides),
+        pb.GenerationSpec(
+            image=b"first",
+            image_fit=pb.IMAGE_FIT_EXACT,
+            encoding=pb.EncodingOptions(bitrate_bps=10_000),
+            **sides,
+        ),
+        pb.GenerationSpec(
+            output_format=pb.OUTPUT_FORMAT_MP4_H265,
+            encoding=pb.EncodingOptions(pixel_format=pb.PIXEL_FORMAT_YUV444P10),
+        ),
+    ]
+    for spec in specs:
+        spec.prompt = "a cat"
+    assert [call.spec for call in server.calls] == specs
+
+
 def test_every_generation_has_an_id_of_its_own(server: ScriptedServer) -> None:
     """Without a request_id one is drawn, a UUID of version 4, and the caller can see it."""
     server.streams.extend([script.whole_video(), script.whole_video()])
@@ -651,6 +681,17 @@ def test_every_generation_has_an_id_of_its_own(server: ScriptedServer) -> None:
         ({"seed": 2**63}, ValueError, f"seed: {2**63} cannot be sent"),
         ({"output_format": "avi"}, ValueError, "output_format: 'avi' is not one of mp4_h264, mp4_h264_progressive"),
         ({"max_duration_s": float("nan")}, ValueError, "max_duration_s: nan s is not a finite time"),
+        ({"size": "64-48"}, ValueError, "size: '64-48' is not WIDTHxHEIGHT such as 832x480"),
+        ({"size": (64,)}, ValueError, "size: (64,) is not WIDTHxHEIGHT such as 832x480"),
+        ({"size": "64x48", "width": 64}, ValueError, "size: not with width"),
+        ({"size": (64, 48), "height": 48}, ValueError, "size: not with height"),
+        ({"crf": 1, "bitrate_bps": 1}, ValueError, "crf: not with bitrate_bps"),
+        ({"quality": "best"}, ValueError, "quality: 'best' cannot be sent"),
+        ({"image": 3}, ValueError, "image: must be the bytes of a file or a path, not int"),
+        ({"last_image": ["a"]}, ValueError, "last_image: must be the bytes of a file or a path, not list"),
+        ({"image": "/no/a.png"}, FileNotFoundError, "[Errno 2] No such file or directory: '/no/a.png'"),
+        ({"image_fit": "crop"}, ValueError, "image_fit: 'crop' is not one of cover, contain, stretch, exact"),
+        ({"pixel_format": "rgb48"}, ValueError, "pixel_format: 'rgb48' is not one of yuv420p, yuv422p"),
     ],
 )
 def test_what_cannot_be_sent_is_named(options: dict[str, Any], kind: type[Exception], message: str) -> None:
