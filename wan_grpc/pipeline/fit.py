@@ -123,7 +123,7 @@ def problems(task: Task, configs: Mapping[str, Config]) -> Iterator[str]:
         other = parts.get("transformer_2", transformer)
         if name in _SHARED and other[name] != transformer[name]:
             yield _misfit("transformer_2", name, other, f"transformer/config.json has {transformer[name]}")
-    if "image_encoder" in configs:
+    if "image_encoder" in configs and "image_processor" in configs:
         yield from _processor_problems(configs["image_processor"], parts["image_encoder"])
 
 

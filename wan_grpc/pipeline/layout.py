@@ -66,7 +66,7 @@ def problems(directory: Path, *, with_weights: bool) -> Iterator[str]:
         return
     class_name = index.get("_class_name")
     if class_name not in _PIPELINES:
-        kind = f", {_OTHER_PIPELINES[class_name]}" if class_name in _OTHER_PIPELINES else ""
+        kind = f", {_OTHER_PIPELINES[str(class_name)]}" if str(class_name) in _OTHER_PIPELINES else ""
         yield f"{INDEX}: _class_name is {class_name}{kind}; only {' and '.join(_PIPELINES)} are served by this version"
         return
     yield from _index_problems(index)

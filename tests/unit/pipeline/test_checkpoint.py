@@ -12,9 +12,10 @@ import msgspec
 import pytest
 
 from wan_grpc.domain.errors import UnusableModelError
-from wan_grpc.domain.variants import T2V_A14B, T2V_A14B_SIZES, Limits, ModelCard, Task
-from wan_grpc.pipeline.checkpoint import DEFAULT_LIMITS, Checkpoint, locate, read_card
+from wan_grpc.domain.variants import T2V_A14B, Limits, Task
+from wan_grpc.pipeline.checkpoint import Checkpoint, locate, read_card
 from wan_grpc.pipeline.published import T2V_A14B_ID
+from wan_grpc.pipeline.tiny import make_tiny_model
 
 
 @pytest.fixture
@@ -50,26 +51,6 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index is no object": (
         lambda d: (d / "model_index.json").write_text("[]"),
         "model_index.json is not a JSON object",
-    ),
-    "I2V": (
-        lambda d: edit(d / "model_index.json", _class_name="WanImageToVideoPipeline"),
-        "describes an image-to-video model (I2V), which is not served by this version",
-    ),
-    "I2V channels": (
-        lambda d: edit(d / "transformer/config.json", in_channels=36),
-        "transformer/config.json: 36 input channels take an image (I2V), which is not served by this version",
-    ),
-    "TI2V": (
-        lambda d: edit(d / "model_index.json", expand_timesteps=True, transformer_2=[None, None]),
-        "describes a text-and-image-to-video model (TI2V-5B), which is not served by this version",
-    ),
-    "one expert": (
-        lambda d: edit(d / "model_index.json", transformer_2=[None, None]),
-        "describes a model with one expert, which is not served by this version",
-    ),
-    "another pipeline": (
-        lambda d: edit(d / "model_index.json", _class_name="FluxPipeline"),
-        "describes a FluxPipeline, which is not served by this version",
     ),
     "another class": (
         lambda d: edit(d / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
@@ -198,18 +179,57 @@ def test_an_unreachable_hub_is_said(tmp_path: Path) -> None:
     )
 
 
-def test_a_hub_id_becomes_a_checked_snapshot(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only configs, tokenizer and safetensors are asked for, and what comes is checked like any directory."""
+CONFIG_PATTERNS = ["*.json", "tokenizer/*.model", "tokenizer/*.txt"]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, copy: Path) -> list[tuple[str, list[str]]]:
+    """A hub that has one model, and what is asked of it."""
     asked: list[tuple[str, list[str]]] = []
 
     def snapshot(repository: str, *, allow_patterns: list[str]) -> str:
         asked.append((repository, allow_patterns))
-        return str(checkpoint_dir)
+        return str(copy)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return asked
+
+
+def test_a_hub_id_becomes_a_checked_snapshot(asked: list[tuple[str, list[str]]], copy: Path) -> None:
+    """Configs first, then the safetensors of what the index names, and what comes is checked like any directory."""
     found = locate("owner/model", load_format="auto")
-    assert found == Checkpoint(model_path="owner/model", directory=str(checkpoint_dir))
-    assert asked == [("owner/model", ["*.json", "tokenizer/*.model", "tokenizer/*.txt", "*.safetensors"])]
+    assert found == Checkpoint(model_path="owner/model", directory=str(copy))
+    parts = ["text_encoder", "transformer", "transformer_2", "vae"]
+    assert asked == [
+        ("owner/model", CONFIG_PATTERNS),
+        ("owner/model", [*CONFIG_PATTERNS, *(f"{part}/*.safetensors" for part in parts)]),
+    ]
+    (copy / VAE_FILE).unlink()
+    with pytest.raises(UnusableModelError, match=f"^owner/model cannot be served: {VAE_FILE} is missing"):
+        locate("owner/model", load_format="auto")
+
+
+def test_the_image_encoder_is_fetched_too(asked: list[tuple[str, list[str]]], copy: Path) -> None:
+    """Where the index names one."""
+    shutil.rmtree(copy)
+    make_tiny_model(copy, task=Task.IMAGE_TO_VIDEO, with_image_encoder=True)
+    locate("owner/model", load_format="auto")
+    parts = ["text_encoder", "image_encoder", "transformer", "vae"]
+    assert asked[1:] == [("owner/model", [*CONFIG_PATTERNS, *(f"{part}/*.safetensors" for part in parts)])]
+
+
+def test_random_weights_fetch_none(asked: list[tuple[str, list[str]]]) -> None:
+    """Configs are enough for them."""
+    locate("owner/model", load_format="dummy")
+    assert asked == [("owner/model", CONFIG_PATTERNS)]
+
+
+def test_what_is_not_served_is_refused_before_its_weights_come(asked: list[tuple[str, list[str]]], copy: Path) -> None:
+    """Dozens of gigabytes are not fetched for a sentence."""
+    edit(copy / "model_index.json", _class_name="WanVACEPipeline")
+    with pytest.raises(UnusableModelError, match=r"^owner/model cannot be served: .* a VACE model"):
+        locate("owner/model", load_format="auto")
+    assert asked == [("owner/model", CONFIG_PATTERNS)]
 
 
 def test_a_checkpoint_travels_as_plain_values(checkpoint: Checkpoint) -> None:
@@ -218,41 +238,10 @@ def test_a_checkpoint_travels_as_plain_values(checkpoint: Checkpoint) -> None:
     assert {type(value) for value in asdict(checkpoint).values()} <= {str, bool, type(None)}
 
 
-def test_the_card_says_what_the_files_say(copy: Path) -> None:
-    """Boundary, shift and factors come from the checkpoint, the rest from the published model."""
-    edit(copy / "model_index.json", boundary_ratio=0.9)
-    edit(copy / "scheduler/scheduler_config.json", flow_shift=5)
-    edit(copy / "vae/config.json", scale_factor_spatial=16)
+def test_the_operator_limits_requests(checkpoint: Checkpoint) -> None:
+    """What the operator allows is in the card."""
     limits = Limits(max_area=100, max_num_frames=5, max_inference_steps=7)
-    assert read_card(locate(str(copy), load_format="auto"), model_id="mine", limits=limits) == ModelCard(
-        model_id="mine",
-        task=Task.TEXT_TO_VIDEO,
-        defaults=replace(T2V_A14B, boundary_ratio=0.9, flow_shift=5.0),
-        limits=limits,
-        size_multiple=32,
-        sizes=T2V_A14B_SIZES,
-    )
-
-
-def test_the_card_keeps_to_the_positions_of_the_model(copy: Path) -> None:
-    """No side and no number of frames is allowed for which the transformer has no positions."""
-    edit(copy / "transformer/config.json", rope_max_seq_len=8)
-    card = read_card(locate(str(copy), load_format="auto"), model_id="mine")
-    assert (card.max_side, card.limits) == (8 * 16, replace(DEFAULT_LIMITS, max_num_frames=7 * 4 + 1))
-
-
-def test_the_card_of_the_published_shapes() -> None:
-    """Without any file, random weights of the published model have the published card."""
-    checkpoint = locate(T2V_A14B_ID, load_format="dummy")
-    assert checkpoint == Checkpoint(model_path=T2V_A14B_ID, directory=None)
-    assert read_card(checkpoint, model_id=T2V_A14B_ID) == ModelCard(
-        model_id=T2V_A14B_ID,
-        task=Task.TEXT_TO_VIDEO,
-        defaults=T2V_A14B,
-        limits=DEFAULT_LIMITS,
-        size_multiple=16,
-        sizes=T2V_A14B_SIZES,
-    )
+    assert read_card(checkpoint, model_id="mine", limits=limits).limits == limits
 
 
 def test_a_checkpoint_may_carry_defaults(copy: Path) -> None:
@@ -271,14 +260,32 @@ def test_a_checkpoint_may_carry_defaults(copy: Path) -> None:
         ({"width": 64.5}, "width is 64.5, not of type int"),
         ({"fps": "8"}, "fps is '8', not of type int"),
         ({"flow_shift": True}, "flow_shift is True, not of type float"),
+        (["width"], "wan_grpc.json: defaults is ['width'], not an object"),
     ],
 )
-def test_defaults_of_the_wrong_kind_are_refused(defaults: dict[str, Any], sentence: str, copy: Path) -> None:
+def test_defaults_of_the_wrong_kind_are_refused(defaults: Any, sentence: str, copy: Path) -> None:
     """The value is named."""
     (copy / "wan_grpc.json").write_text(json.dumps({"defaults": defaults}))
     with pytest.raises(UnusableModelError) as refused:
         read_card(locate(str(copy), load_format="auto"), model_id="x")
     assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["guidance_scale_2", "boundary_ratio"])
+def test_defaults_of_two_experts_are_refused_with_one(name: str, copy: Path) -> None:
+    """They would have no effect."""
+    edit(copy / "model_index.json", transformer_2=[None, None], boundary_ratio=None)
+    (copy / "wan_grpc.json").write_text(json.dumps({"defaults": {name: 0.5}}))
+    with pytest.raises(UnusableModelError, match=f"defaults.{name} is for two experts, and this model has one"):
+        read_card(locate(str(copy), load_format="auto"), model_id="x")
+
+
+def test_one_expert_is_guided_by_its_own_scale(copy: Path) -> None:
+    """A guidance that a checkpoint carries is that of every step."""
+    edit(copy / "model_index.json", transformer_2=[None, None], boundary_ratio=None)
+    (copy / "wan_grpc.json").write_text(json.dumps({"defaults": {"guidance_scale": 6}}))
+    card = read_card(locate(str(copy), load_format="auto"), model_id="x")
+    assert card.defaults == replace(T2V_A14B, guidance_scale=6.0, guidance_scale_2=6.0, boundary_ratio=None)
 
 
 def test_the_server_process_stays_free_of_torch() -> None:
