@@ -76,7 +76,7 @@ ExpandedPath = Annotated[Path, AfterValidator(_expanded)]
 """`~` is the user's home, however the path was given: no shell expands it in `--flag=~/x` or in a file."""
 
 
-FRAME_SIZE: Final = re.compile(r"(\d{1,9})[x*](\d{1,9})")
+FRAME_SIZE: Final = re.compile(r"[0-9]{1,9}[x*][0-9]{1,9}")
 
 
 def _frame_size(text: str) -> str:
@@ -219,7 +219,7 @@ class ServeSettings(RankSettings):
         None, "cut the calls of such a connection after this time; unset: never", group="network"
     )
     max_concurrent_calls: Count = _setting(1024, "calls of the API served at once", group="network")
-    max_queue: Annotated[int, Field(ge=0)] = _setting(
+    max_queue: Annotated[int, Field(ge=0, le=2**31 - 1)] = _setting(
         16, "generations that may wait; further ones are refused", group="generations"
     )
     detach_grace_s: Annotated[float, Field(ge=0)] = _setting(
@@ -416,9 +416,8 @@ def _read_flags(settings: type[Settings], argv: Sequence[str]) -> tuple[dict[str
 
 
 def _usage(settings: type[Settings]) -> str:
-    required = [name for name, field in settings.model_fields.items() if field.is_required()]
-    words = (name.upper() if _group(settings, name) is None else f"{_flag(name)} VALUE" for name in required)
-    return " ".join([*words, "[--flag VALUE]..."])
+    required = [name.upper() for name, field in settings.model_fields.items() if field.is_required()]
+    return " ".join([*required, "[--flag VALUE]..."])
 
 
 def _group(settings: type[Settings], name: str) -> str | None:
@@ -446,7 +445,7 @@ def _argument_adder(settings: type[Settings]) -> Callable[..., None]:
 
 def _words(settings: type[Settings], name: str, type_name: str) -> dict[str, Any]:
     field = settings.model_fields[name]
-    shown = f" (default: {field.default})" if field.default is not None and not field.is_required() else ""
+    shown = f" (default: {field.default})" if field.default is not None else ""
     words: dict[str, Any] = {"help": f"{field.description}{shown}".replace("%", "%%"), "required": False}
     if field.annotation is bool:  # --flag and --flag true mean the same
         return {**words, "nargs": "?", "const": "true", "metavar": "{true,false}"}
@@ -525,6 +524,7 @@ def _variable(name: str) -> str:
 
 
 def _unknown(given: str, name: str, known: Iterable[str], *, spell: Callable[[str], str]) -> str:
+    name = SYNONYMS.get(name, name)
     if name in NOT_YET:
         return f"{given}: not served by this version yet"
     if name in _all_names() and name not in known:
@@ -535,7 +535,5 @@ def _unknown(given: str, name: str, known: Iterable[str], *, spell: Callable[[st
 
 def _sentence(detail: ErrorDetails, origins: Mapping[str, str]) -> str:
     name = str(detail["loc"][0])
-    if detail["type"] == "missing":
-        return f"{_flag(name)} (or {_variable(name)}): must be given"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{origins.get(name, _flag(name))}: {message}, not {detail['input']!r}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from wan_grpc import __version__, cli, config
-from wan_grpc.domain.errors import InvalidRequestError, Reason, ServiceError, UnusableModelError, Violation
+from wan_grpc.domain.errors import Reason, ServiceError, UnusableModelError
 from wan_grpc.pipeline import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,16 +64,11 @@ def test_wrong_settings(capsys: pytest.CaptureFixture[str]) -> None:
         (OSError(13, "Permission denied", "/m"), 1, ["wan-grpc make-tiny-model: /m: Permission denied"]),
         (OSError("cannot listen"), 1, ["wan-grpc make-tiny-model: cannot listen"]),
         (
-            InvalidRequestError(
-                (
-                    Violation(field="spec.num_frames", description="2 is odd", reason="R"),
-                    Violation(field="spec.width", description="3 is odd", reason="R"),
-                )
-            ),
+            config.UsageError(["--a: is wrong", "--b: is wrong"]),
             2,
             [
-                "wan-grpc make-tiny-model: --num-frames: 2 is odd",
-                "wan-grpc make-tiny-model: --width: 3 is odd",
+                "wan-grpc make-tiny-model: --a: is wrong",
+                "wan-grpc make-tiny-model: --b: is wrong",
                 "`wan-grpc make-tiny-model --help` shows what it takes",
             ],
         ),
@@ -89,7 +84,7 @@ def test_what_goes_wrong_is_a_sentence(
 ) -> None:
     """What an operator can cause ends in a sentence and an exit code, never in a traceback."""
 
-    def fail(directory: Path) -> None:
+    def fail(directory: Path, **options: object) -> None:
         raise error
 
     monkeypatch.setattr(tiny, "make_tiny_model", fail)

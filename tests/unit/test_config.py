@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from wan_grpc import config
 from wan_grpc.config import GenerateSettings, MakeTinyModelSettings, ServeSettings, Settings, UsageError, load
-from wan_grpc.domain.formats import OutputFormat
+from wan_grpc.domain.formats import OutputFormat, PixelFormat
+from wan_grpc.domain.images import ImageFit
 
 
 def problems(settings: type[Settings], argv: list[str], environment: dict[str, str] | None = None) -> tuple[str, ...]:
@@ -81,11 +82,102 @@ def test_text_arrives_as_it_was_typed(text: str) -> None:
     assert (loaded.prompt, loaded.negative_prompt) == (text, text)
 
 
-def test_output_format_by_its_name() -> None:
+def test_enumerations_by_their_names() -> None:
     """An enumeration is given by the value that the help shows."""
-    assert load(GenerateSettings, ["--prompt=p", "--output-format", "raw_rgb24"], {}) == GenerateSettings(
-        prompt="p", output_format=OutputFormat.RAW_RGB24
+    flags = ["--prompt=p", "--format", "raw_rgb24", "--image-fit=cover", "--pixel-format=yuv444p10"]
+    assert load(GenerateSettings, flags, {}) == GenerateSettings(
+        prompt="p",
+        format=OutputFormat.RAW_RGB24,
+        image_fit=ImageFit.COVER,
+        pixel_format=PixelFormat.YUV444P10,
     )
+
+
+def test_settings_by_their_other_names(tmp_path: Path) -> None:
+    """A name that a setting goes by elsewhere is taken by each way, and means the same."""
+    path = write(tmp_path, "prompt: p\nimage_path: a.png\noutput_format: gif\n")
+    wanted = GenerateSettings(prompt="p", image=Path("a.png"), format=OutputFormat.GIF)
+    flags = ["--prompt=p", "--image-path=a.png", "--output-format=gif"]
+    variables = {"WAN_GRPC_PROMPT": "p", "WAN_GRPC_IMAGE_PATH": "a.png", "WAN_GRPC_OUTPUT_FORMAT": "gif"}
+    by_file = load(GenerateSettings, [f"--config={path}"], {}).model_copy(update={"config": None})
+    assert (load(GenerateSettings, flags, {}), load(GenerateSettings, [], variables), by_file) == (wanted,) * 3
+    assert problems(ServeSettings, ["--image-path=a.png"], {"WAN_GRPC_image_path": "x"}) == (
+        "--image-path: a setting of another command",
+        "WAN_GRPC_image_path: unknown setting; did you mean WAN_GRPC_IMAGE?",
+    )
+
+
+@pytest.mark.parametrize("text", ["832x480", "832*480"])
+def test_sizes(text: str) -> None:
+    """A size is WIDTHxHEIGHT, the cross or the star between them."""
+    assert load(GenerateSettings, ["--prompt=p", f"--size={text}"], {}).size == text
+
+
+@pytest.mark.parametrize(
+    "text", ["832", "832x", "x480", "-1x2", "832 x 480", "832x480x3", "1e3x5", "", "8٣x4", "1234567890x1"]
+)
+def test_what_is_no_size(text: str) -> None:
+    """Anything else is refused with an example of what is wanted."""
+    assert problems(GenerateSettings, ["--prompt=p", f"--size={text}"]) == (
+        f"--size: value error, must be WIDTHxHEIGHT such as 832x480, not {text!r}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("max_area", 2**31 - 1),
+        ("max_num_frames", 2**31 - 1),
+        ("max_inference_steps", 2**31 - 1),
+        ("max_prompt_bytes", 2**20),
+        ("max_image_bytes", 2**28),
+        ("max_image_pixels", 2**31 - 1),
+        ("max_queue", 2**31 - 1),
+    ],
+)
+def test_limits_are_what_get_model_can_tell(name: str, most: int) -> None:
+    """Each limit goes up to what the API's field or a message of gRPC holds, and no further."""
+    flag = f"--{name.replace('_', '-')}"
+    assert getattr(load(ServeSettings, [f"{flag}={most}"], {}), name) == most
+    assert problems(ServeSettings, [f"{flag}={most + 1}"]) == (
+        f"{flag}: input should be less than or equal to {most}, not '{most + 1}'",
+    )
+
+
+@pytest.mark.parametrize("count", ["0", "9"])
+def test_number_of_outputs(count: str) -> None:
+    """One to eight videos come of one command."""
+    (problem,) = problems(GenerateSettings, ["--prompt=p", f"--num-outputs={count}"])
+    assert problem.startswith("--num-outputs: input should be ")
+    assert [load(GenerateSettings, ["--prompt=p", f"--num-outputs={n}"], {}).num_outputs for n in (1, 8)] == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ([], "--prompt or --prompts-file: one of them must be given"),
+        (["--prompt=p", "--prompts-file=x"], "--prompt: not with --prompts-file, whose lines have a prompt each"),
+        (
+            ["--prompts-file=x", "--output-file-name=y"],
+            "--output-file-name: not with --prompts-file, whose lines may have an output_file_name each",
+        ),
+        (["--prompt=p", "--size=1x1", "--width=1"], "--size: not with --width or --height"),
+        (["--prompt=p", "--size=1x1", "--height=1"], "--size: not with --width or --height"),
+        (["--prompt=p", "--crf=1", "--bitrate-bps=1"], "--crf: not with --bitrate-bps"),
+    ],
+)
+def test_what_does_not_go_together(argv: list[str], wanted: str, tmp_path: Path) -> None:
+    """Settings that exclude each other are refused, together with every wrong value."""
+    assert problems(GenerateSettings, [*argv, "--seed=x"]) == (
+        wanted,
+        "--seed: input should be a valid integer, unable to parse string as an integer, not 'x'",
+    )
+
+
+def test_nothing_in_a_file_is_nothing(tmp_path: Path) -> None:
+    """A key without a value neither gives a setting nor stands in the way of another."""
+    path = write(tmp_path, "prompt: p\nprompts_file:\nsize:\nwidth: 16\n")
+    assert load(GenerateSettings, [f"--config={path}"], {}) == GenerateSettings(config=path, prompt="p", width=16)
 
 
 def test_positional_argument() -> None:
@@ -191,8 +283,8 @@ def test_unusable_file(text: str | None, wanted: str, tmp_path: Path) -> None:
 
 
 def test_what_must_be_given() -> None:
-    """A setting without a default is asked for by flag and variable."""
-    assert problems(GenerateSettings, []) == ("--prompt (or WAN_GRPC_PROMPT): must be given",)
+    """An argument without a default is asked for."""
+    assert problems(MakeTinyModelSettings, []) == ("the following arguments are required: DIRECTORY",)
 
 
 def test_flag_without_its_value() -> None:
