@@ -6,17 +6,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import UMT5EncoderModel
+from transformers import CLIPImageProcessorPil, CLIPVisionModel, UMT5EncoderModel
 
-from tests import tiny
+from tests import tiny, tiny_images
 from wan_grpc.domain.errors import UnusableModelError
+from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.variants import Expert
-from wan_grpc.pipeline.checkpoint import Checkpoint, locate
+from wan_grpc.pipeline.checkpoint import LOAD_FORMATS, Checkpoint, locate
 from wan_grpc.pipeline.load import load
-from wan_grpc.pipeline.published import T2V_A14B_CONFIGS
+from wan_grpc.pipeline.published import CONFIGS, I2V_A14B_ID, T2V_A14B_ID, TI2V_5B_ID
 from wan_grpc.pipeline.text import umt5
 from wan_grpc.pipeline.transformer import WanTransformer
 
+FLOAT32 = {"device": "cpu", "dtype": "float32", "load_format": "auto"}
 BFLOAT16 = {"device": "cpu", "dtype": "bfloat16", "load_format": "auto"}
 
 
@@ -110,16 +112,92 @@ def _edit(path: Path, changes: dict[str, object]) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_the_published_shapes_are_those_of_the_published_model() -> None:
-    """Parameter counts of T2V-A14B's parts: 14.3 billion an expert, 5.7 billion of UMT5-XXL, 127 million of the VAE."""
+# Parameters of a published model's expert and VAE.
+PUBLISHED_SIZES = {
+    T2V_A14B_ID: (14_288_491_584, 126_892_531),
+    I2V_A14B_ID: (14_288_901_184, 126_892_531),
+    TI2V_5B_ID: (4_999_787_712, 704_688_668),
+}
+
+
+@pytest.mark.parametrize("model_id", PUBLISHED_SIZES)
+def test_the_published_shapes_are_those_of_the_published_models(model_id: str) -> None:
+    """Parameter counts: 14.3 and 5.0 billion an expert, 5.7 billion of UMT5-XXL, 127 and 705 million of the VAEs."""
+    configs = CONFIGS[model_id]
     with torch.device("meta"):
         models = (
-            WanTransformer.from_config(dict(T2V_A14B_CONFIGS["transformer/config.json"])),
-            umt5(T2V_A14B_CONFIGS["text_encoder/config.json"]),
-            AutoencoderKLWan.from_config(dict(T2V_A14B_CONFIGS["vae/config.json"])),
+            WanTransformer.from_config(dict(configs["transformer/config.json"])),
+            AutoencoderKLWan.from_config(dict(configs["vae/config.json"])),
+            umt5(configs["text_encoder/config.json"]),
         )
     counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
-    assert counts == [14_288_491_584, 5_680_910_336, 126_892_531]
+    assert counts == [*PUBLISHED_SIZES[model_id], 5_680_910_336]
+
+
+@pytest.fixture(scope="module")
+def with_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image-to-video model with CLIP, from first to last image, as diffusers saves it."""
+    return tiny.save(tiny_images.make_i2v(tiny_images.FIRST_TO_LAST), tmp_path_factory.mktemp("clip"))
+
+
+def test_an_image_encoder_is_the_one_that_transformers_loads(with_clip: Path) -> None:
+    """CLIP in fp32 beside one expert in bf16, and the positions of two images in it."""
+    pipeline = load(locate(str(with_clip), load_format="auto"), **BFLOAT16)
+    assert pipeline.image_encoder is not None
+    theirs = CLIPVisionModel.from_pretrained(with_clip / "image_encoder")
+    assert_same_weights(pipeline.image_encoder.model, theirs)
+    assert torch.equal(pipeline.image_encoder.model.embeddings.position_ids, theirs.embeddings.position_ids)
+    processor = CLIPImageProcessorPil.from_pretrained(with_clip / "image_processor")
+    assert pipeline.image_encoder.processor.to_dict() == processor.to_dict()
+    expert = WanTransformer3DModel.from_pretrained(with_clip, subfolder="transformer", torch_dtype=torch.bfloat16)
+    assert list(pipeline.transformers) == [Expert.HIGH_NOISE]
+    assert_same_weights(pipeline.transformers[Expert.HIGH_NOISE], expert)
+    assert expert.condition_embedder.image_embedder.pos_embed.shape == (1, 10, tiny_images.IMAGE_DIM)
+
+
+def test_tensors_of_clip_go_by_either_name(with_clip: Path, tmp_path: Path) -> None:
+    """Published files say `vision_model.` before the names, newer ones do not; a projection on top is left alone."""
+    copy = Path(shutil.copytree(with_clip, tmp_path / "model"))
+    path = copy / "image_encoder/model.safetensors"
+    state = load_file(path)
+    assert not any(name.startswith("vision_model.") for name in state)
+    old = {f"vision_model.{name}": tensor for name, tensor in state.items()}
+    save_file({**old, "visual_projection.weight": torch.zeros(8, tiny_images.IMAGE_DIM)}, path)
+    encoder = load(locate(str(copy), load_format="auto"), **BFLOAT16).image_encoder
+    assert encoder is not None
+    assert_same_weights(encoder.model, CLIPVisionModel.from_pretrained(with_clip / "image_encoder"))
+
+
+# What one video is made from: the images that it begins and ends with.
+MADE = {
+    "i2v": (tiny_images.make_i2v, ("first", "last")),
+    "clip": (lambda: tiny_images.make_i2v(tiny_images.CLIP), ("first",)),
+    "from first to last": (lambda: tiny_images.make_i2v(tiny_images.FIRST_TO_LAST), ("first", "last")),
+    "ti2v": (tiny_images.make_ti2v, ("first",)),
+    "ti2v without": (tiny_images.make_ti2v, ()),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_task_is_loaded_as_diffusers_saves_it(name: str, tmp_path: Path) -> None:
+    """The same latents as from the pipeline in memory, and finite ones from random weights of the same configs."""
+    make, wanted = MADE[name]
+    theirs = make()
+    tiny.save(theirs, tmp_path)
+    side = 64
+    pixels = {end: tiny_images.picture(side, side, seed).tobytes() for seed, end in enumerate(wanted)}
+    boundary = theirs.config.boundary_ratio
+    request = tiny.video(width=side, height=side, num_inference_steps=2, boundary_ratio=boundary, flow_shift=5.0)
+    results = []
+    for pipeline in (
+        tiny_images.ours(theirs),
+        *(load(locate(str(tmp_path), load_format=word), **{**FLOAT32, "load_format": word}) for word in LOAD_FORMATS),
+    ):
+        results.append(pipeline.latents(request, frames=InputFrames(**pixels), on_step=tiny.ignore))
+    in_memory, loaded, random = results
+    assert torch.equal(in_memory, loaded)
+    assert torch.isfinite(random).all()
+    assert random.std() > 0.1
 
 
 @pytest.mark.parametrize(
