@@ -304,23 +304,26 @@ def _refuse_what_breaks_rules(card: ModelCard, jobs: Sequence[Job]) -> None:
     intake = Intake(card, count_tokens=len)  # tokens are only warned of, and that by the engine's own intake
     wrong: list[tuple[int, Violation]] = []
     for number, job in enumerate(jobs):
-        found = tuple(_unreadable_images(job))
+        unreadable = dict(_unreadable_images(job))
+        told = {violation.field for violation in unreadable.values()}  # or else such an image would be missing, too
+        readable = replace(job, **dict.fromkeys(unreadable))
         try:
-            intake.prepare(job.request if found else _with_images(job, card), found)
+            intake.prepare(_with_images(readable, card))
+            found: tuple[Violation, ...] = ()
         except InvalidRequestError as error:
-            told = {violation.field for violation in found}  # or else such an image would be missing, too
-            wrong += [(number, one) for one in error.violations if one in found or one.field not in told]
+            found = tuple(violation for violation in error.violations if violation.field not in told)
+        wrong += [(number, violation) for violation in (*found, *unreadable.values())]
     if wrong:
         raise RefusedJobsError(wrong)
 
 
-def _unreadable_images(job: Job) -> Iterator[Violation]:
-    for field, path in (("spec.image", job.image), ("spec.last_image", job.last_image)):
+def _unreadable_images(job: Job) -> Iterator[tuple[str, Violation]]:
+    for name, path in (("image", job.image), ("last_image", job.last_image)):
         try:
             if path is not None:
                 path.open("rb").close()
         except OSError as error:
-            yield Violation(field=field, description=f"{path}: {error.strerror}", reason="UNREADABLE")
+            yield name, Violation(field=f"spec.{name}", description=f"{path}: {error.strerror}", reason="UNREADABLE")
 
 
 def _with_images(job: Job, card: ModelCard) -> GenerationRequest:
