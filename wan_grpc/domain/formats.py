@@ -92,13 +92,16 @@ FORMATS: Final[Mapping[OutputFormat, FormatRule]] = MappingProxyType(
     {
         OutputFormat.MP4_H264: FormatRule(suffix=".mp4", pixel_formats=_YUV, crf=(0, 51, 18)),
         OutputFormat.MP4_H264_PROGRESSIVE: FormatRule(suffix=".mp4", pixel_formats=_YUV, crf=(0, 51, 18)),
-        OutputFormat.MP4_H265: FormatRule(suffix=".mp4", pixel_formats=_YUV, crf=(0, 51, 22), max_side=8192),
+        OutputFormat.MP4_H265: FormatRule(
+            suffix=".mp4", pixel_formats=_YUV, crf=(0, 51, 22), max_side=8192, min_side=32
+        ),
         OutputFormat.WEBM_VP9: FormatRule(suffix=".webm", pixel_formats=_YUV8, crf=(0, 63, 24)),
         OutputFormat.WEBM_AV1: FormatRule(
             suffix=".webm",
             pixel_formats=(PixelFormat.YUV420P, PixelFormat.YUV420P10),
             crf=(1, 63, 28),
             max_side=8192,
+            min_side=64,
         ),
         OutputFormat.MKV_FFV1: FormatRule(suffix=".mkv", pixel_formats=_RGB),
         OutputFormat.RAW_RGB24: FormatRule(suffix=".rgb", pixel_formats=_RGB),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wan_grpc.domain.errors import Failure, Reason, ServiceError
 from wan_grpc.domain.request import VideoRequest
-from wan_grpc.media.video import open_encoder
+from wan_grpc.media.video import ScratchError, open_encoder
 from wan_grpc.store.artifacts import Artifact, StorageFailedError
 from wan_grpc.store.frames import FramesAbortedError, FrameSpool
 
@@ -19,6 +19,7 @@ class Encoding:
     def __init__(self, video: VideoRequest, artifact: Artifact, directory: Path) -> None:
         self._video = video
         self._artifact = artifact
+        self._directory = directory
         self._frames = FrameSpool(directory, video.frame_bytes)
         self.num_encoded = 0
         self.put_failure: Failure | None = None
@@ -52,18 +53,23 @@ class Encoding:
             self._artifact.append(data)
             on_bytes()
 
-        encoder = open_encoder(self._video, write)
+        try:
+            self._encode(write)
+        except (StorageFailedError, ScratchError) as error:
+            failure = storage_failure(error)
+            raise ServiceError(failure.reason, failure.message) from error
+        finally:
+            self._frames.abort()
+
+    def _encode(self, write: Callable[[bytes], None]) -> None:
+        encoder = open_encoder(self._video, write, scratch=self._directory)
         try:
             for frame in self._frames.frames():
                 encoder.add(frame)
                 self.num_encoded += 1
             encoder.finish()
-        except StorageFailedError as error:
-            failure = storage_failure(error)
-            raise ServiceError(failure.reason, failure.message) from error
         finally:
             encoder.abort()
-            self._frames.abort()
 
 
 def storage_failure(error: OSError) -> Failure:

@@ -1,27 +1,50 @@
 """Frames in, the bytes of a video out, while later frames are still to come.
 
-Knows what each format is called and what a frame must look like; mp4.py knows how MP4 is made.
+Knows what each format is called and what a frame must look like; streams.py and pictures.py know how files are made.
 Does not know threads: one encoder belongs to one thread at a time.
 """
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from wan_grpc.domain.events import VideoInfo
-from wan_grpc.domain.formats import OutputFormat
+from wan_grpc.domain.formats import FORMATS, OutputFormat
 from wan_grpc.domain.request import VideoRequest
-from wan_grpc.media.mp4 import Mp4Writer, codec_string
+from wan_grpc.media.codec_names import codec_name
+from wan_grpc.media.pictures import PictureWriter
+from wan_grpc.media.streams import ProgressiveWriter, ScratchError, StreamWriter, WebpAnimationWriter, Write
 
-Write = Callable[[bytes], None]
+__all__ = ["Encoder", "ScratchError", "describe", "open_encoder"]
+
+_MEDIA_TYPES = {
+    OutputFormat.MP4_H264: "video/mp4",
+    OutputFormat.MP4_H264_PROGRESSIVE: "video/mp4",
+    OutputFormat.MP4_H265: "video/mp4",
+    OutputFormat.WEBM_VP9: "video/webm",
+    OutputFormat.WEBM_AV1: "video/webm",
+    OutputFormat.MKV_FFV1: "video/matroska",
+    OutputFormat.RAW_RGB24: "application/octet-stream",
+    OutputFormat.WEBP_ANIMATION: "image/webp",
+    OutputFormat.GIF: "image/gif",
+    OutputFormat.PNG: "image/png",
+    OutputFormat.JPEG: "image/jpeg",
+    OutputFormat.WEBP: "image/webp",
+}
 
 
 class Encoder:
-    """One video being made. `write` gets its bytes, in order and as soon as there are any."""
+    """One video being made. `write` gets its bytes, in order and as soon as there are any.
 
-    def __init__(self, video: VideoRequest, write: Write) -> None:
+    scratch: directory for a file that must be complete before its first byte can be written; None for the system's.
+
+    Raises:
+        ScratchError: from every method, when the disk of `scratch` refuses.
+    """
+
+    def __init__(self, video: VideoRequest, write: Write, *, scratch: Path | None = None) -> None:
         self._video = video
         self._num_added = 0
-        self._writer: _Writer | None = _WRITERS[video.output_format](video, write)
+        self._writer: _Writer | None = _open_writer(video, write, scratch)
 
     def add(self, frame: bytes | memoryview) -> None:
         """Take the next frame: RGB24, rows top to bottom. It is not used after the call.
@@ -60,9 +83,9 @@ class Encoder:
             self._writer = None
 
 
-def open_encoder(video: VideoRequest, write: Write) -> Encoder:
+def open_encoder(video: VideoRequest, write: Write, *, scratch: Path | None = None) -> Encoder:
     """Begin a video in the format that it asks for. Whoever opens an encoder ends it with `finish` or `abort`."""
-    return Encoder(video, write)
+    return Encoder(video, write, scratch=scratch)
 
 
 def describe(video: VideoRequest) -> VideoInfo:
@@ -78,11 +101,8 @@ def describe(video: VideoRequest) -> VideoInfo:
 
 
 def _media_type(video: VideoRequest) -> str:
-    match video.output_format:
-        case OutputFormat.MP4_H264:
-            return f'video/mp4; codecs="{codec_string(video)}"'
-        case OutputFormat.RAW_RGB24:
-            return "application/octet-stream"
+    media_type = _MEDIA_TYPES[video.output_format]
+    return f'{media_type}; codecs="{codec_name(video)}"' if media_type.startswith("video/") else media_type
 
 
 class _Writer(Protocol):
@@ -107,7 +127,15 @@ class _RawWriter:
         pass
 
 
-_WRITERS: dict[OutputFormat, Callable[[VideoRequest, Write], _Writer]] = {
-    OutputFormat.MP4_H264: Mp4Writer,
-    OutputFormat.RAW_RGB24: _RawWriter,
-}
+def _open_writer(video: VideoRequest, write: Write, scratch: Path | None) -> _Writer:
+    match video.output_format:
+        case OutputFormat.RAW_RGB24:
+            return _RawWriter(video, write)
+        case OutputFormat.MP4_H264_PROGRESSIVE:
+            return ProgressiveWriter(video, write, scratch)
+        case OutputFormat.WEBP_ANIMATION:
+            return WebpAnimationWriter(video, write)
+        case _ if FORMATS[video.output_format].is_picture:
+            return PictureWriter(video, write)
+        case _:
+            return StreamWriter(video, write)

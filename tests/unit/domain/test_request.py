@@ -318,8 +318,8 @@ EDGES: list[tuple[Any, ...]] = [
     ("image_fit", None, None),
     # Formats that do not fit the video.
     *((("output_format", one, None, SMALL)) for one in OutputFormat),
-    ("output_format", OutputFormat.MP4_H265, None, {"width": 8192, "height": 16, "num_frames": 1}),
-    ("output_format", OutputFormat.MP4_H265, "DOES_NOT_FIT", {"width": 8208, "height": 16, "num_frames": 1}),
+    ("output_format", OutputFormat.MP4_H265, None, {"width": 8192, "height": 32, "num_frames": 1}),
+    ("output_format", OutputFormat.MP4_H265, "DOES_NOT_FIT", {"width": 8208, "height": 32, "num_frames": 1}),
     ("output_format", OutputFormat.WEBP, "DOES_NOT_FIT", {"width": 16384, "height": 16}),
     ("output_format", OutputFormat.WEBP, None, {"width": 16368, "height": 16}),
     ("output_format", OutputFormat.PNG, None, {"num_frames": 1}),

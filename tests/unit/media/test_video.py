@@ -267,7 +267,7 @@ HASH_OF_A_VIDEO = """
 import ctypes, hashlib, os, sys
 import av
 from test_video import encode, video, waves
-from wan_grpc.media import mp4
+from wan_grpc.media import codecs
 
 how = sys.argv[1]
 if how == "one CPU":
@@ -276,7 +276,7 @@ if how == "no vector instructions":
     libavutil = ctypes.CDLL(next(line.split()[-1] for line in open("/proc/self/maps") if "libavutil" in line))
     libavutil.av_force_cpu_flags(0)
     assert libavutil.av_get_cpu_flags() == 0
-    mp4._X264["x264-params"] += ":asm=0"
+    codecs.X264["x264-params"] += ":asm=0"
 request = video(320, 256, num_frames=17)
 print(hashlib.sha256(encode(request, waves(request)).data).hexdigest())
 """

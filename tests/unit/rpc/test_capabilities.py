@@ -68,9 +68,9 @@ def rules(name: str, file_suffix: str, pixel_formats: list[str], **more: Any) ->
 FORMAT_RULES = [
     rules("MP4_H264", ".mp4", YUV, crf=CRF_51),
     rules("MP4_H264_PROGRESSIVE", ".mp4", YUV, crf=CRF_51),
-    rules("MP4_H265", ".mp4", YUV, crf={"max": 51, "default": 22}, max_side=8192),
+    rules("MP4_H265", ".mp4", YUV, crf={"max": 51, "default": 22}, max_side=8192, min_side=32),
     rules("WEBM_VP9", ".webm", YUV8, crf={"max": 63, "default": 24}),
-    rules("WEBM_AV1", ".webm", [YUV[0], YUV[3]], crf={"min": 1, "max": 63, "default": 28}, max_side=8192),
+    rules("WEBM_AV1", ".webm", [YUV[0], YUV[3]], crf={"min": 1, "max": 63, "default": 28}, max_side=8192, min_side=64),
     rules("MKV_FFV1", ".mkv", RGB),
     rules("RAW_RGB24", ".rgb", RGB),
     rules("WEBP_ANIMATION", ".webp", YUV[:1], quality=QUALITY, max_pixels="50000000", max_side=16383),
