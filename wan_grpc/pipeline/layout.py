@@ -146,7 +146,7 @@ def _expert_problems(index: Mapping[str, Any]) -> Iterator[str]:
     if not has_component(index, "transformer_2"):
         if boundary is not None:
             yield f"{INDEX}: boundary_ratio is {boundary}, and there is no transformer_2 below it"
-    elif type(boundary) not in {int, float} or not 0.0 <= boundary <= 1.0:
+    elif isinstance(boundary, bool) or not isinstance(boundary, int | float) or not 0.0 <= boundary <= 1.0:
         yield f"{INDEX}: boundary_ratio is {boundary}; between 0 and 1 is needed with two experts"
     if not isinstance(timesteps, bool):
         yield f"{INDEX}: expand_timesteps is {timesteps!r}, neither true nor false"

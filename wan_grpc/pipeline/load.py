@@ -133,7 +133,8 @@ class _Builder:
         config = CLIPVisionConfig.from_dict(dict(self._checkpoint.component("image_encoder")))
         model = self._fill("image_encoder", lambda: CLIPVisionModel(config), torch.float32)
         # As the tables of positions above.
-        model.embeddings.position_ids = torch.arange(model.embeddings.num_positions, device=self.device)[None]
+        positions = torch.arange(model.embeddings.num_positions, device=self.device)[None]
+        model.embeddings.register_buffer("position_ids", positions, persistent=False)
         # Pillow's resampling whatever else is installed, so that one image means one embedding.
         processor = CLIPImageProcessorPil.from_dict(dict(self._checkpoint.component("image_processor")))
         return ImageEncoder(processor, model)

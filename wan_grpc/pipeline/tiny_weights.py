@@ -69,7 +69,7 @@ def _smooth(vae: AutoencoderKLWan) -> None:
         if parameter.ndim > 2 and name.endswith("weight"):
             parameter.data.copy_(_blurring(parameter.data))
     last = vae.decoder.conv_out.weight.data.mul_(_CONTRAST)
-    pixels = last.unflatten(0, (3, -1))  # each colour of the pixels of a patch, of which there may be but one
+    pixels = last.view(3, -1, *last.shape[1:])  # each colour of the pixels of a patch, of which there may be but one
     pixels.copy_(pixels[:, :1].expand_as(pixels).clone())
 
 
