@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import pictures, tiny
 from tests.functional import checkpoint
-from tests.functional.live import LiveServer, running_server
+from tests.functional.live import NARROW, LiveServer, running_server
+from wan_grpc.domain.variants import Task
+from wan_grpc.pipeline.tiny import make_tiny_model
 
 TIMEOUT_S = 120
 
@@ -30,3 +32,20 @@ def live(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     flags = ("--model-path", str(checkpoint_dir), "--cpu-threads", "1", "--heartbeat-s", "0.2", "--drain-window-s", "0")
     with running_server(directory, *flags) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def live_i2v(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server of a tiny image-to-video model with narrow limits, for all tests that leave it as it was."""
+    directory = tmp_path_factory.mktemp("live-i2v")
+    make_tiny_model(directory / "model", task=Task.IMAGE_TO_VIDEO)
+    with running_server(directory, "--model-path", str(directory / "model"), *NARROW) as server:
+        yield server
+
+
+@pytest.fixture
+def panda(tmp_path: Path) -> Path:
+    """A picture that is twice as wide as it is high, by the name that the documentation has for one."""
+    path = tmp_path / "panda.png"
+    pictures.two_colours(80, 40).save(path)
+    return path

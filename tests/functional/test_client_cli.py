@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
+import av
 import pytest
 
 from tests.functional.live import ROOT, LiveServer, environment, eventually
@@ -34,7 +36,9 @@ SMALL = Options(width=64, height=48, num_frames=5, num_inference_steps=4, seed=7
 LONG = Options(width=192, height=192, num_frames=17, num_inference_steps=150)
 SMALL_FLAGS = ("--width=64", "--height=48", "--num-frames=5", "--num-inference-steps=4", "--seed=7")
 LONG_FLAGS = ("--width=192", "--height=192", "--num-frames=17", "--num-inference-steps=150")
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "clients" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (ROOT / "clients" / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS: dict[str, str] = dict(re.findall(r"<!-- command: (\S+) -->\n```sh\n(.*?)```\n", README, re.DOTALL))
 
 
 def command(live: LiveServer, *arguments: str) -> list[str]:
@@ -222,11 +226,23 @@ def test_the_same_request_id_attaches(live: LiveServer) -> None:
     assert caught.value.reason == "REQUEST_ID_REUSED"
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_the_printed_programs_run(live: LiveServer, tmp_path: Path, snippet: str) -> None:
+@pytest.mark.parametrize(
+    ("snippet", "server", "made"),
+    [
+        (SNIPPETS[0], "live", "panda.mp4"),
+        (SNIPPETS[1], "live", "panda.mp4"),
+        (SNIPPETS[2], "live_i2v", "page.mp4"),
+        (SNIPPETS[3], "live", "panda.png"),
+    ],
+)
+def test_the_printed_programs_run(
+    snippet: str, server: str, made: str, tmp_path: Path, panda: Path, request: pytest.FixtureRequest
+) -> None:
     """What clients/README.md shows works as it stands, here at another address and a size that is quickly made."""
-    small = "width=64, height=48, num_frames=5, num_inference_steps=4, output="
-    program = snippet.replace("127.0.0.1:3000", live.address).replace("output=", small)
+    is_picture = made.endswith(".png")
+    small = f"width=64, height=48, num_frames={1 if is_picture else 5}, num_inference_steps=4, output="
+    address = request.getfixturevalue(server).address
+    program = snippet.replace("127.0.0.1:3000", address).replace("output=", small)
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
@@ -237,8 +253,13 @@ def test_the_printed_programs_run(live: LiveServer, tmp_path: Path, snippet: str
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].startswith("panda.mp4 ")
-    assert [path.name for path in tmp_path.iterdir()] == ["panda.mp4"]
+    assert done.stdout.splitlines()[-1].split()[0] == made
+    assert {path.name for path in tmp_path.iterdir()} == {"panda.png", made}
+
+
+def test_every_printed_program_runs() -> None:
+    """No program is added to clients/README.md without a run above."""
+    assert len(SNIPPETS) == 4
 
 
 def test_the_example_is_the_printed_one() -> None:
@@ -277,9 +298,14 @@ def test_the_small_commands(live: LiveServer, tmp_path: Path) -> None:
 
 
 def test_models_says_that_the_server_is_ready(live: LiveServer) -> None:
-    """The facts of the running server are printed."""
+    """The facts of the running server are printed, and fit a terminal."""
     done = run(live, "models")
-    assert (done.returncode, "server: wan-grpc 0.1.0, ready\n" in done.stdout) == (0, True)
+    lines = done.stdout.splitlines()
+    assert (done.returncode, "server               wan-grpc 0.1.0, ready" in lines, max(map(len, lines))) == (
+        0,
+        True,
+        100,
+    )
 
 
 def test_wrong_values_are_all_told(live: LiveServer, tmp_path: Path) -> None:
@@ -320,3 +346,85 @@ def test_a_killed_client_is_only_noticed(live: LiveServer, tmp_path: Path) -> No
     name = live.names()[0]
     ended = eventually(lambda: live.get(name) if live.get(name).HasField("end_time") else None)
     assert (ended.state, ended.error.reason) == (pb.GENERATION_STATE_CANCELLED, "ABANDONED")
+
+
+# ---- what clients/README.md prints ----------------------------------------------------------------------------------
+
+
+def run_printed(live: LiveServer, name: str, directory: Path) -> str:
+    """The output of a block of commands, run as it is printed but at another address."""
+    script = COMMANDS[name].replace("wan-grpc-client ", f"{shlex.quote(sys.executable)} -m wan_grpc_client.cli ")
+    address = f"\\1 --address {live.address}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", re.sub(r"(-m wan_grpc_client\.cli \w+)", address, script)],
+        cwd=directory,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shape(path: Path) -> tuple[int, ...]:
+    """Frames, height and width, as an independent decoder sees them."""
+    with av.open(str(path)) as file:
+        frames = [frame.to_ndarray(format="rgb24").shape[:2] for frame in file.decode(video=0)]
+    assert len(set(frames)) == 1
+    return (len(frames), *frames[0])
+
+
+def test_the_first_commands(live: LiveServer, tmp_path: Path) -> None:
+    """The table of the model, a video, and its line in the list."""
+    shown = run_printed(live, "first", tmp_path)
+    assert shown.startswith("model ")
+    assert (f"{live.names()[0]} " in shown, shape(tmp_path / "panda.mp4")) == (True, (9, 96, 128))
+
+
+def test_the_commands_for_formats(live: LiveServer, tmp_path: Path) -> None:
+    """A picture, a lossless video, and three files with their seeds."""
+    run_printed(live, "formats", tmp_path)
+    videos = {path.name: shape(path) for path in tmp_path.iterdir()}
+    length = (9, 96, 128)
+    assert videos == {
+        "panda.png": (1, 96, 128),
+        "panda.mkv": length,
+        "panda-7.mp4": length,
+        "panda-8.mp4": length,
+        "panda-9.mp4": length,
+    }
+
+
+def test_the_commands_for_images(live_i2v: LiveServer, tmp_path: Path, panda: Path) -> None:
+    """Without a fit the video has the aspect of the picture; with one it has the size that was named."""
+    run_printed(live_i2v, "image", tmp_path)
+    assert (shape(tmp_path / "page.mp4"), shape(tmp_path / "loop.mp4")) == ((9, 64, 144), (9, 128, 96))
+
+
+def test_the_commands_for_many(live: LiveServer, tmp_path: Path) -> None:
+    """Each line has its file, and its line on stdout."""
+    shown = run_printed(live, "batch", tmp_path).splitlines()
+    videos = {path.name: shape(path) for path in (tmp_path / "videos").iterdir()}
+    assert videos == {
+        "A-red-panda-reads-a-newspaper-7.mp4": (5, 96, 128),
+        "A-fox-in-the-snow-8.mp4": (5, 96, 128),
+        "A-fox-in-the-snow-9.mp4": (5, 96, 128),
+        "heron.webm": (5, 128, 96),
+    }
+    assert [line.partition(":")[0] for line in shown] == [f"videos/{name}" for name in videos_in_order(videos)]
+
+
+def videos_in_order(videos: dict[str, tuple[int, ...]]) -> list[str]:
+    """As their lines stand in the file."""
+    return sorted(videos, key=lambda name: ("heron" in name, name.startswith("A-fox"), name))
+
+
+def test_every_printed_command_is_run() -> None:
+    """No block of commands is added to the page without a test here."""
+    tested = set(re.findall(r'run_printed\(\w+, "(\w+)"', Path(__file__).read_text(encoding="utf-8")))
+    assert tested == set(COMMANDS)
+    assert README.count("\nwan-grpc-client ") == sum(
+        f"\n{text}".count("\nwan-grpc-client ") for text in COMMANDS.values()
+    )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 
 from tests.functional.live import ROOT, LiveServer, environment, spec
@@ -24,14 +25,18 @@ Cook = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def cook(live: LiveServer, tmp_path: Path) -> Cook:
     """Runs a recipe as it is printed, on another address and in a directory that looks like a checkout."""
-    (tmp_path / "protos").symlink_to(ROOT / "protos")
+    return cook_at(live, tmp_path)
+
+
+def cook_at(live: LiveServer, directory: Path) -> Cook:
+    (directory / "protos").symlink_to(ROOT / "protos")
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))
 
     def run(recipe: str, **variables: str) -> subprocess.CompletedProcess[str]:
         script = RECIPES[recipe].replace(DOCUMENTED_ADDRESS, live.address)
         return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
-            cwd=tmp_path,
+            cwd=directory,
             env={**environment(), "PATH": path, **variables},
             capture_output=True,
             text=True,
@@ -96,6 +101,7 @@ def test_health(cook: Cook) -> None:
 
 def test_generate(cook: Cook, live: LiveServer, tmp_path: Path) -> None:
     """Progress and bytes come as JSON, and the printed script makes the very video of them."""
+    cook("save")
     done = cook("generate")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     events = [answer["event"] for answer in _values((tmp_path / "events.json").read_text(encoding="utf-8"))]
@@ -109,6 +115,30 @@ def test_generate(cook: Cook, live: LiveServer, tmp_path: Path) -> None:
         generation.completed.size_bytes,
         generation.completed.sha256,
     )
+
+
+@pytest.mark.parametrize(("recipe", "name", "frames"), [("picture", "panda.png", 1), ("lossless", "panda.mkv", 5)])
+def test_formats(cook: Cook, tmp_path: Path, recipe: str, name: str, frames: int) -> None:
+    """The format that is asked for is what the file is."""
+    cook("save")
+    done = cook("picture") if recipe == "picture" else cook("lossless")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    with av.open(str(tmp_path / name)) as file:
+        shapes = [frame.to_ndarray(format="rgb24").shape for frame in file.decode(video=0)]
+    assert shapes == [(96, 128, 3)] * frames
+
+
+def test_image(live_i2v: LiveServer, tmp_path: Path, panda: Path) -> None:
+    """A picture on stdin becomes a video of its aspect."""
+    cook = cook_at(live_i2v, tmp_path)
+    cook("save")
+    done = cook("image")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    with av.open(str(tmp_path / "page.mp4")) as file:
+        shapes = {frame.to_ndarray(format="rgb24").shape for frame in file.decode(video=0)}
+    accepted = next(_values((tmp_path / "events.json").read_text(encoding="utf-8")))["event"]["accepted"]["resolved"]
+    assert shapes == {(accepted["height"], accepted["width"], 3)} == {(64, 144, 3)}
+    assert accepted["imageSha256"] == hashlib.sha256(panda.read_bytes()).hexdigest()
 
 
 def test_create_and_cancel(cook: Cook, live: LiveServer) -> None:
