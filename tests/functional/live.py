@@ -33,6 +33,13 @@ ENDED_STATES = (pb.GENERATION_STATE_SUCCEEDED, pb.GENERATION_STATE_FAILED, pb.GE
 GONE_S = 5.0
 """The longest that anything of a server may outlive it."""
 _NEW_FILES_S = 10.0
+MAX_AREA, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS = 128 * 96, 100_000, 20_000
+NARROW = (
+    *("--cpu-threads", "1", "--drain-window-s", "0", "--max-area", str(MAX_AREA)),
+    *("--max-num-frames", "25", "--max-inference-steps", "10"),
+    *("--max-image-bytes", str(MAX_IMAGE_BYTES), "--max-image-pixels", str(MAX_IMAGE_PIXELS)),
+)
+"""Flags of a server that accepts nothing that takes long."""
 T = TypeVar("T")
 
 

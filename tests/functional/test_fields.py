@@ -16,7 +16,17 @@ from google.protobuf.duration_pb2 import Duration
 from PIL import Image
 
 from tests import pictures
-from tests.functional.live import ROOT, SERVICE, LiveServer, generate_request, refusal, running_server, spec
+from tests.functional.live import (
+    MAX_IMAGE_BYTES,
+    NARROW,
+    ROOT,
+    SERVICE,
+    LiveServer,
+    generate_request,
+    refusal,
+    running_server,
+    spec,
+)
 from wan_grpc.domain.formats import FORMATS, MAX_BITRATE_BPS, MIN_BITRATE_BPS, FormatRule, OutputFormat, PixelFormat
 from wan_grpc.domain.variants import Task
 from wan_grpc.pipeline.tiny import make_tiny_model
@@ -28,15 +38,11 @@ INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
 UNSERVED = (grpc.StatusCode.UNIMPLEMENTED, "NOT_SUPPORTED")
 NAN, INFINITY = float("nan"), float("inf")
 LEAST_32, MOST_32, LEAST_64, MOST_64 = -(2**31), 2**31 - 1, -(2**63), 2**63 - 1
-MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, MAX_AREA = 100_000, 20_000, 128 * 96
 PICTURE = pictures.saved(pictures.two_colours(16, 8), "PNG")
 LONGEST_S = 315_576_000_000
 """Bound of google.protobuf.Duration."""
 
 # ---- the servers ----------------------------------------------------------------------------------------------------
-
-LIMITS = ("--max-image-bytes", str(MAX_IMAGE_BYTES), "--max-image-pixels", str(MAX_IMAGE_PIXELS))
-FLAGS = ("--cpu-threads", "1", "--drain-window-s", "0", "--max-area", str(MAX_AREA), *LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +53,18 @@ def t2v(live: LiveServer) -> Iterator[LiveServer]:
 
 
 @pytest.fixture(scope="module")
-def i2v(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def i2v(live_i2v: LiveServer) -> Iterator[LiveServer]:
     """As above, of an image-to-video model."""
-    with serving(Task.IMAGE_TO_VIDEO, tmp_path_factory.mktemp("fields-i2v")) as server:
-        yield server
+    with held(live_i2v):
+        yield live_i2v
 
 
 @pytest.fixture(scope="module")
 def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """As above, of a model that makes videos from text with or without an image."""
-    with serving(Task.TEXT_IMAGE_TO_VIDEO, tmp_path_factory.mktemp("fields-ti2v")) as server:
-        yield server
-
-
-@contextlib.contextmanager
-def serving(task: Task, directory: Path) -> Iterator[LiveServer]:
-    make_tiny_model(directory / "model", task=task)
-    with running_server(directory, "--model-path", str(directory / "model"), *FLAGS) as server, held(server):
+    directory = tmp_path_factory.mktemp("fields-ti2v")
+    make_tiny_model(directory / "model", task=Task.TEXT_IMAGE_TO_VIDEO)
+    with running_server(directory, "--model-path", str(directory / "model"), *NARROW) as server, held(server):
         yield server
 
 

@@ -50,6 +50,12 @@ class Health(aio.HealthServicer):
         if self._watches:
             await asyncio.wait(self._watches)
 
+    async def List(self, request: health_pb2.HealthListRequest, context: Context) -> health_pb2.HealthListResponse:
+        asked = [health_pb2.HealthCheckRequest(service=service) for service in ("", *self._services)]
+        return health_pb2.HealthListResponse(
+            statuses={each.service: await self.Check(each, context) for each in asked},
+        )
+
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         watch = asyncio.create_task(super().Watch(request, context))
         self._watches.add(watch)

@@ -44,6 +44,12 @@ async def test_liveness_is_not_readiness(engine: FakeEngine, channel: grpc.aio.C
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await status_of(channel, "other")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    listed = (await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())).statuses
+    assert {name: each.status for name, each in listed.items()} == {
+        "": SERVING,
+        SERVICE: NOT_SERVING,
+        "wan_grpc.v1.AdapterService": NOT_SERVING,
+    }
 
 
 async def test_health_watch_follows_the_engine(engine: FakeEngine, channel: grpc.aio.Channel) -> None:
