@@ -5,6 +5,7 @@ Knows the library's servicer. Does not know what readiness depends on; it is tol
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -50,10 +51,10 @@ class Health(aio.HealthServicer):
         if self._watches:
             await asyncio.wait(self._watches)
 
-    async def List(self, request: health_pb2.HealthListRequest, context: Context) -> health_pb2.HealthListResponse:
+    async def List(self, request: Any, context: Context) -> Any:
         asked = [health_pb2.HealthCheckRequest(service=service) for service in ("", *self._services)]
-        return health_pb2.HealthListResponse(
-            statuses={each.service: await self.Check(each, context) for each in asked},
+        return health_pb2.HealthListResponse(  # type: ignore[attr-defined]  # the stubs do not know it
+            statuses={each.service: await self.Check(each, context) for each in asked}
         )
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
