@@ -84,6 +84,8 @@ class Intake:
                 yield from self._length_warnings(field, text)
         if request.negative_prompt and video.guidance_scale <= 1.0:
             yield "spec.negative_prompt: of no effect, since a guidance_scale of 1.0 or less runs no unconditional pass"
+        if video.num_frames == 1 and video.image_sha256 and not self._card.needs_image:
+            yield "spec.num_frames: this model keeps the image as the first frame, so that one frame is the image again"
 
     def _length_warnings(self, field: str, text: str) -> Iterator[str]:
         num_tokens, most = self._count_tokens(text), self._card.max_text_tokens

@@ -103,3 +103,14 @@ async def test_a_prompt_that_fits_is_not(bench: Bench) -> None:
     """No warning where every token is read."""
     generation: Generation = await bench.submit(prompt="cat " * 511, image=png(32, 32))
     assert generation.warnings == ()
+
+
+async def test_one_frame_of_a_model_that_keeps_the_image_is_told_about(another: OpenAnother) -> None:
+    """A picture asked for from a picture is that picture where the first frame is kept, and the caller hears it."""
+    bench = await another(card=replace(CARD_I2V, task=Task.TEXT_IMAGE_TO_VIDEO, takes_last_image=False))
+    generation: Generation = await bench.submit(image=png(32, 32), num_frames=1)
+    assert generation.warnings == (
+        "spec.num_frames: this model keeps the image as the first frame, so that one frame is the image again",
+    )
+    assert (await bench.submit(image=png(32, 32), num_frames=5)).warnings == ()
+    assert (await bench.submit(num_frames=1)).warnings == ()
