@@ -53,7 +53,9 @@ functional: $(VENV)/.dev promtool ## Tests of a real server and its real clients
 FUZZ_RUNS ?= 100000
 fuzz: $(VENV)/.dev ## Fuzz the reading of input images with FUZZ_RUNS=100000 files; no part of `make test`
 	@$(BIN)/pip install -qq --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[fuzz]'
-	PYTHONPATH=. $(BIN)/python tests/fuzz/fuzz_images.py -runs=$(FUZZ_RUNS)
+	@directory=$$(mktemp -d); trap 'rm -rf "$$directory"' EXIT; export PYTHONPATH=.; \
+	$(BIN)/python tests/fuzz/fuzz_images.py "$$directory" -runs=$(FUZZ_RUNS); \
+	$(BIN)/python tests/fuzz/replay_images.py "$$directory"
 
 ##@ Change
 .PHONY: format proto lock clean

@@ -1,12 +1,13 @@
-"""Fuzzes the reading of input images: `make fuzz`, or with libFuzzer's own options, e.g. `-runs=100000`.
+"""Fuzzes the reading of input images: `make fuzz`, or `fuzz_images.py DIRECTORY` with libFuzzer's own options.
 
-Whatever the bytes, the outcome is a picture or a refusal with a known reason; no warning, no other error, and no memory
-that is kept. Needs atheris, which no other test does.
+Whatever the bytes, the outcome is a picture or a refusal with a known reason, and no warning. The inputs are kept in
+DIRECTORY for replay_images.py, which watches memory: the code that atheris instruments takes ever more of it by itself.
+Needs atheris, which no other test does.
 """
 
 import random
+import struct
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,56 +16,29 @@ from typing import Final
 import atheris
 
 with atheris.instrument_imports(include=["wan_grpc.media", "PIL"]):
-    from wan_grpc.media.image import Picture, read_picture
+    from tests.fuzz.one_image import MAX_BYTES, outcome_of
 
 from tests.pictures import every_kind, with_right_checksums
-from wan_grpc.domain.errors import InvalidRequestError
-from wan_grpc.domain.images import ImageFit
 
-MAX_BYTES: Final = 4096
-MAX_PIXELS: Final = 2**18
-REASONS: Final = {"TOO_LARGE", "NOT_AN_IMAGE", "NOT_SERVED", "ANIMATED", "TRUNCATED", "BROKEN"}
-SETTLED: Final = 20_000
-"""Inputs after which memory has to stay as it is."""
-MOST_GROWTH_BYTES: Final = 64 * 2**20
-PAGE_BYTES: Final = 4096
-
-outcomes: Counter[str] = Counter()
-resident_bytes: dict[str, int] = {}
+REPORTED: Final = 20_000
+"""Inputs from one line of figures to the next."""
 
 
-def fuzz(data: bytes) -> None:
-    """One input."""
-    try:
-        picture = read_picture(data, field="spec.image", max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS)
-    except InvalidRequestError as error:
-        outcome = error.violations[0].reason
-        assert outcome in REASONS
-    else:
-        check(picture, data)
-        outcome = "read"
-    outcomes[outcome] += 1
-    if outcomes.total() % SETTLED == 0:
-        report()
+class Fuzzed:
+    """What came of the inputs so far, and the file that keeps them."""
 
+    def __init__(self, inputs: Path) -> None:
+        self._inputs = inputs.open("wb")
+        self._outcomes: Counter[str] = Counter()
 
-def check(picture: Picture, data: bytes) -> None:
-    """What was read can be fitted to any frame."""
-    assert picture.pixels.mode == "RGB"
-    assert picture.pixels.size == (picture.facts.width, picture.facts.height)
-    assert picture.facts.width * picture.facts.height <= MAX_PIXELS
-    fit = list(ImageFit)[data[-1] % len(ImageFit)]
-    assert len(picture.fitted(48, 32, fit)) == 48 * 32 * 3
-
-
-def report() -> None:
-    """Tell what came of the inputs; fail where memory grows with their number."""
-    now = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
-    settled = resident_bytes.setdefault("settled", now)
-    told = ", ".join(f"{outcome} {count}" for outcome, count in outcomes.most_common())
-    print(f"{outcomes.total()} inputs, {now >> 20} MiB resident: {told}", flush=True)
-    if now > settled + MOST_GROWTH_BYTES:
-        raise MemoryError(f"{now - settled} bytes more than after {SETTLED} inputs")
+    def fuzz(self, data: bytes) -> None:
+        """One input, which is on disk before it is read."""
+        self._inputs.write(struct.pack("<I", len(data)) + data)
+        self._inputs.flush()
+        self._outcomes[outcome_of(data)] += 1
+        if self._outcomes.total() % REPORTED == 0:
+            told = ", ".join(f"{outcome} {count}" for outcome, count in self._outcomes.most_common())
+            print(f"{self._outcomes.total()} inputs: {told}", flush=True)
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
@@ -76,12 +50,15 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
 def main() -> None:
     """Start from a small file of every kind."""
     warnings.simplefilter("error")
-    with tempfile.TemporaryDirectory() as corpus:
-        for name, file in every_kind().items():
-            Path(corpus, name).write_bytes(file)
-        options = [f"-max_len={MAX_BYTES}", "-rss_limit_mb=1024", "-timeout=10", "-print_final_stats=1", *sys.argv[1:]]
-        atheris.Setup([sys.argv[0], corpus, *options], fuzz, custom_mutator=mutate)
-        atheris.Fuzz()
+    directory = Path(sys.argv[1])
+    corpus = directory / "corpus"
+    corpus.mkdir()
+    for name, file in every_kind().items():
+        (corpus / name).write_bytes(file)
+    options = [f"-max_len={MAX_BYTES}", "-rss_limit_mb=2048", "-timeout=10", "-print_final_stats=1", *sys.argv[2:]]
+    fuzzed = Fuzzed(directory / "inputs")
+    atheris.Setup([sys.argv[0], str(corpus), *options], fuzzed.fuzz, custom_mutator=mutate)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":
