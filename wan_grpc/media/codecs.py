@@ -120,11 +120,11 @@ def codec_of(video: VideoRequest) -> Codec:
     """The encoder for `video`, whose format is one that FFmpeg makes."""
     codec = _CODECS[video.output_format]
     encoding = resolve_encoding(video.encoding, video.output_format)
-    return replace(
-        codec,
-        pixel_format=codec.pixel_format or _ffmpeg_name(encoding.pixel_format),
-        options={**codec.options, **_asked(encoding, codec.encoder)},
-    )
+    pixel_format = codec.pixel_format or _ffmpeg_name(encoding.pixel_format)
+    # Where chroma samples of 4:2:0 stand, samples.py decides; in the other formats there is but one place for them.
+    sited = {"chroma_sample_location": "left"} if "420" in pixel_format else {}
+    options = {**codec.options, **sited, **_asked(encoding, codec.encoder)}
+    return replace(codec, pixel_format=pixel_format, options=options)
 
 
 def converter_of(codec: Codec, video: VideoRequest) -> Converter:

@@ -25,7 +25,7 @@ _SCALE = (
     "in_range=full:out_range=limited:out_color_matrix=bt709:out_chroma_loc=left"
     ":flags=bicubic+full_chroma_inp+accurate_rnd+bitexact"
 )
-_MAX_PALETTE_PIXELS = 2**16
+_MAX_PALETTE_PIXELS = 2**13
 """Pixels of a frame that its palette is chosen from: more take longer and change next to nothing."""
 
 
@@ -76,7 +76,7 @@ class PaletteConverter:
 
     def convert(self, rows: Rows) -> VideoFrame:
         image = Image.fromarray(rows)
-        palette = _fewer_pixels(image).quantize(256, Image.Quantize.MEDIANCUT)
+        palette = _fewer_pixels(image).quantize(256, Image.Quantize.MAXCOVERAGE)
         indexed = image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
         return VideoFrame.from_ndarray((np.asarray(indexed), _argb(indexed)), format="pal8")
 
