@@ -81,13 +81,14 @@ class Codec:
     tag: str | None = None
     """Four characters that a container names the codec by, where FFmpeg would choose others."""
     is_yuv: bool = True
+    only_key_frames: bool = False
 
     def configure(self, context: VideoCodecContext, video: VideoRequest) -> None:
         """Set all but what `options` says."""
         context.width, context.height = video.width, video.height
         context.framerate, context.time_base = Fraction(video.fps), Fraction(1, video.fps)
         context.pix_fmt = self.pixel_format
-        context.gop_size = 1 if self.encoder == "ffv1" else 2 * video.fps
+        context.gop_size = 1 if self.only_key_frames else 2 * video.fps
         context.thread_count, context.thread_type = self.num_threads, ThreadType.SLICE
         context.flags |= Flags.bitexact
         if self.tag is not None:
@@ -109,9 +110,17 @@ _CODECS: Final = {
     OutputFormat.WEBM_VP9: Codec(encoder="libvpx-vp9", options=VP9, num_threads=NUM_THREADS),
     OutputFormat.WEBM_AV1: Codec(encoder="libsvtav1", options=AV1),
     OutputFormat.MKV_FFV1: Codec(
-        encoder="ffv1", options=FFV1, num_threads=NUM_THREADS, pixel_format="bgr0", is_yuv=False
+        encoder="ffv1",
+        options=FFV1,
+        num_threads=NUM_THREADS,
+        pixel_format="bgr0",
+        is_yuv=False,
+        only_key_frames=True,
     ),
-    OutputFormat.WEBP_ANIMATION: Codec(encoder="libwebp_anim", options=WEBP, pixel_format="bgra", is_yuv=False),
+    # libwebp would try each frame both whole and as the difference to the one before, which seldom is smaller.
+    OutputFormat.WEBP_ANIMATION: Codec(
+        encoder="libwebp_anim", options=WEBP, pixel_format="bgra", is_yuv=False, only_key_frames=True
+    ),
     OutputFormat.GIF: Codec(encoder="gif", options=GIF, pixel_format="pal8", is_yuv=False),
 }
 

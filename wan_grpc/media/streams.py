@@ -101,7 +101,8 @@ class WebpAnimationWriter:
         self._num_added += 1
 
     def finish(self) -> None:
-        self._write(b"".join(bytes(packet) for packet in self._context.encode(None)))
+        data = b"".join(bytes(packet) for packet in self._context.encode(None))
+        self._write(_lasting(data, round(self._video.num_frames * 1000 / self._video.fps)))
 
     def abort(self) -> None:
         pass
@@ -215,6 +216,22 @@ def _streamed(video: VideoRequest) -> tuple[str, dict[str, str]]:
             return "gif", bitexact | {"loop": "0"}
         case _:
             raise AssertionError(f"{video.output_format} is not streamed")
+
+
+def _lasting(animation: bytes, length_ms: int) -> bytes:
+    """The animated WebP file with a last frame that ends when the video does: libwebp guesses. A still one stays."""
+    durations: list[tuple[int, int]] = []  # where it stands, milliseconds
+    start = 12
+    while start < len(animation):
+        if animation[start : start + 4] == b"ANMF":
+            durations.append((start + 20, int.from_bytes(animation[start + 20 : start + 23], "little")))
+        size = int.from_bytes(animation[start + 4 : start + 8], "little")
+        start += 8 + size + size % 2
+    if not durations:
+        return animation
+    last, _ = durations.pop()
+    rest_ms = max(1, length_ms - sum(duration_ms for _, duration_ms in durations))
+    return animation[:last] + rest_ms.to_bytes(3, "little") + animation[last + 3 :]
 
 
 def _clusters(duration_us: int) -> dict[str, str]:
