@@ -306,7 +306,11 @@ def _refuse_what_breaks_rules(card: ModelCard, jobs: Sequence[Job]) -> None:
     for number, job in enumerate(jobs):
         unreadable = dict(_unreadable_images(job))
         told = {violation.field for violation in unreadable.values()}  # or else such an image would be missing, too
-        readable = replace(job, **dict.fromkeys(unreadable))
+        readable = replace(
+            job,
+            image=None if "image" in unreadable else job.image,
+            last_image=None if "last_image" in unreadable else job.last_image,
+        )
         try:
             intake.prepare(_with_images(readable, card))
             found: tuple[Violation, ...] = ()

@@ -129,15 +129,7 @@ def test_a_file_of_prompts(i2v: Path, tmp_path: Path, panda: Path) -> None:
         {"prompt": "a", **image, "seed": 1, "num_frames": 5},
         {"prompt": "b", **image, "seed": 2, "format": "png", "image_fit": "stretch"},
         {"prompt": "c", **image, "seed": 3, "num_frames": 5, "output_file_name": "../taken/c.mp4"},
-        {
-            "prompt": "d",
-            **image,
-            "seed": 4,
-            "num_frames": 5,
-            "size": "48x32",
-            "image_fit": "cover",
-            "format": "mkv_ffv1",
-        },
+        {"prompt": "d", **image, "seed": 4, "num_frames": 5, "size": "48x32", "image_fit": "cover", **lossless},
     )
     out = tmp_path / "out"
     flags = ["--size=64x48", "--num-inference-steps=2", f"--output-path={out}"]

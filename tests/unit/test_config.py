@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from wan_grpc import config
@@ -74,6 +74,7 @@ def test_booleans(argv: list[str], wanted: bool) -> None:
     assert load(GenerateSettings, ["--prompt", "p", *argv], {}).save_output is wanted
 
 
+@settings(deadline=None)
 @example("--")
 @given(st.text(alphabet=st.characters(blacklist_characters="\0", blacklist_categories=["Cs"])))
 def test_text_arrives_as_it_was_typed(text: str) -> None:
