@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. Do
 what does only when it is needed.
 """
 
-import asyncio
 import contextlib
 import difflib
 import shlex
@@ -114,6 +113,8 @@ def _do(settings: "Settings") -> int:
 
 
 def _serve(settings: "ServeSettings") -> int:
+    import asyncio
+
     from wan_grpc import app
 
     return asyncio.run(app.serve(settings, on_listening=_say_address))
@@ -125,6 +126,8 @@ def _say_address(host: str, port: int) -> None:
 
 
 def _generate(settings: "GenerateSettings") -> int:
+    import asyncio
+
     from wan_grpc import app
     from wan_grpc.config import UsageError
     from wan_grpc_client.bar import Bar
@@ -165,7 +168,8 @@ async def _make(settings: "GenerateSettings", planned: Sequence["Job"], bar: "Ba
             if isinstance(outcome, app.Made):
                 print(*_facts(outcome, job), sep="\n" if is_one else ", ", flush=True)
             else:
-                code = _fail(settings.command, f"{job.place}: {_sentence(outcome)}".removeprefix(": "))
+                place = "" if is_one else f"{job.place or 'seed ' + str(job.values['seed'])}: "
+                code = _fail(settings.command, f"{place}{_sentence(outcome)}")
     return code
 
 
@@ -206,10 +210,11 @@ def _facts(made: "app.Made", job: "Job") -> tuple[str, str]:
 def _problem(settings: "GenerateSettings", job: "Job", violation: Violation) -> str:
     """What is wrong, under the name by which it was said: a field of a line, or a flag."""
     name = violation.field.removeprefix("spec.").removeprefix("encoding.").replace("output_format", "format")
-    said = settings.size if not job.place else None
-    if said is not None and name in ("width", "height"):
+    if job.place:
+        return f"{job.place}: {name}: {violation.description}"
+    if settings.size is not None and name in ("width", "height"):
         name = "size"
-    return f"{job.place}: {name}: {violation.description}" if job.place else f"{_flag(name)}: {violation.description}"
+    return f"{_flag(name)}: {violation.description}"
 
 
 def _leave(number: int, frame: object) -> NoReturn:

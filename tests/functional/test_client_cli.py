@@ -262,10 +262,11 @@ def test_every_printed_program_runs() -> None:
     assert len(SNIPPETS) == 4
 
 
-def test_the_example_is_the_printed_one() -> None:
-    """examples/generate.py and the first program of clients/README.md are the same."""
-    example = (ROOT / "examples" / "generate.py").read_text(encoding="utf-8")
-    assert example.endswith(f"\n\n{SNIPPETS[0]}")
+@pytest.mark.parametrize(("name", "snippet"), [("generate", SNIPPETS[0]), ("animate", SNIPPETS[2])])
+def test_the_examples_are_the_printed_ones(name: str, snippet: str) -> None:
+    """The programs in examples are those of clients/README.md, which are run above."""
+    example = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert example.endswith(f"\n\n{snippet}")
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class AsyncClient:
 
         Raises:
             ValueError: naming an option that cannot be sent.
-            OSError: `output` cannot be written.
+            OSError: an image cannot be read, or `output` cannot be written.
         """
         return self.begin(generate_request(prompt, options), Sink(output), timeout_s)
 

@@ -63,7 +63,7 @@ class Client:
 
         Raises:
             ValueError: naming an option that cannot be sent.
-            OSError: `output` cannot be written.
+            OSError: an image cannot be read, or `output` cannot be written.
         """
         request = generate_request(prompt, options)
         following = Following(Sink(output), self._patience)
