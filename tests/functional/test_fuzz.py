@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 
 from tests import pictures
-from tests.functional.live import OK, LiveServer, spec
+from tests.functional.live import OK, LiveServer, generate_request, refusal, spec
 from tests.fuzz.fuzz_front_door import METHODS, NEVER, Caller, any_bytes, any_spec
 from wan_grpc.v1 import generation_pb2 as pb
 
@@ -56,6 +56,19 @@ def test_streams_hold_no_images(live_i2v: LiveServer) -> None:
     print(f"{grown / MIB:.1f} MiB for 100 streams")
     assert grown < 50 * MIB
     assert [stream.finish() for stream in streams] == [OK] * 100
+
+
+def test_refusals_hold_no_images(live_i2v: LiveServer) -> None:
+    """What many refused requests held is free again, without waiting for a garbage collector."""
+    large = generate_request(spec(image=bytes(MIB))).SerializeToString()
+    call = live_i2v.channel.unary_stream("/wan_grpc.v1.VideoGenerationService/Generate")
+    refusal(lambda: call(large))
+    before = live_i2v.rss_bytes()
+    for _ in range(100):
+        assert refusal(lambda: call(large)).fields == ("spec.image",)
+    grown = live_i2v.rss_bytes() - before
+    print(f"{grown / MIB:.1f} MiB for 100 refusals")
+    assert grown < 30 * MIB
 
 
 def test_the_server_is_well(caller: Caller) -> None:

@@ -5,6 +5,7 @@ Knows one call from its bytes to its status. Does not know what a method does.
 
 import asyncio
 import re
+import traceback
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager
@@ -177,7 +178,9 @@ class CallBoundary(grpc.aio.ServerInterceptor):
                 self._tasks.add(task)
             yield
         except ServiceError as error:
-            await context.abort_with_status(to_grpc_status(to_status(error, _told())))
+            status = to_grpc_status(to_status(error, _told()))
+            _forget_frames(error)
+            await context.abort_with_status(status)
         except (grpc.aio.AbortError, grpc.aio.InternalError):
             raise  # the caller has been told; or the transport has gone, and nobody is left to tell
         except asyncio.CancelledError:
@@ -198,6 +201,13 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         if self._max_calls is not None and len(self._tasks) >= self._max_calls:
             sentence = f"the server already has {self._max_calls} calls at once"
             raise ServiceError(Reason.TOO_MANY_CALLS, sentence, retry_after_s=_ROOM_AGAIN_S)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames behind an error hold, images above all: grpc keeps it in a cycle."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 async def _write(answering: AsyncGenerator[Any, None], context: Context) -> None:
