@@ -28,9 +28,7 @@ from wan_grpc.media.video import describe, open_encoder
 Pixels = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.int32]
 
-MADE_BY_FFMPEG = tuple(
-    name for name, rule in FORMATS.items() if not rule.is_picture and name is not OutputFormat.RAW_RGB24
-)
+NOT_CONVERTED = (OutputFormat.RAW_RGB24, OutputFormat.WEBP_ANIMATION)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +162,7 @@ def _noise(numbers: np.random.Generator, width: int, height: int) -> Values:
 
 
 def _convert_s(video: VideoRequest, frames: list[Pixels]) -> float:
-    if video.output_format not in MADE_BY_FFMPEG:
+    if video.output_format in NOT_CONVERTED or FORMATS[video.output_format].is_picture:
         return 0.0
     converter = converter_of(codec_of(video), video)
     start = time.perf_counter()

@@ -65,7 +65,6 @@ GIF: dict[str, str] = {
     # Whole frames: each has a palette of its own, so that nothing of the one before can shine through.
     "gifflags": "0",
 }
-WEBP: dict[str, str] = {"compression_level": "4"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,10 +116,6 @@ _CODECS: Final = {
         is_yuv=False,
         only_key_frames=True,
     ),
-    # libwebp would try each frame both whole and as the difference to the one before, which seldom is smaller.
-    OutputFormat.WEBP_ANIMATION: Codec(
-        encoder="libwebp_anim", options=WEBP, pixel_format="bgra", is_yuv=False, only_key_frames=True
-    ),
     OutputFormat.GIF: Codec(encoder="gif", options=GIF, pixel_format="pal8", is_yuv=False),
 }
 
@@ -159,8 +154,7 @@ def open_codec(codec: Codec, video: VideoRequest) -> VideoCodecContext:
 def _asked(encoding: Encoding, encoder: str) -> dict[str, str]:
     if encoding.bitrate_bps is not None:
         return _rate(encoding.bitrate_bps, encoder)
-    values = {"crf": encoding.crf, "quality": encoding.quality}
-    return {name: str(value) for name, value in values.items() if value is not None}
+    return {} if encoding.crf is None else {"crf": str(encoding.crf)}
 
 
 def _rate(bitrate_bps: int, encoder: str) -> dict[str, str]:

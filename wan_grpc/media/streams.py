@@ -1,4 +1,4 @@
-"""Encoded frames in containers: fragmented and progressive MP4, WebM, Matroska, GIF and animated WebP.
+"""Encoded frames in containers: fragmented and progressive MP4, WebM, Matroska, GIF.
 
 Knows what of a file is written when. Does not know who reads, nor what a request may ask for.
 """
@@ -15,7 +15,7 @@ from av.container import OutputContainer
 
 from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import VideoRequest
-from wan_grpc.media.codecs import codec_of, converter_of, open_codec
+from wan_grpc.media.codecs import codec_of, converter_of
 from wan_grpc.media.samples import stamped
 
 Write = Callable[[bytes], None]
@@ -81,31 +81,6 @@ class ProgressiveWriter:
         with suppress(ScratchError):
             self._muxer.abort()
         self._file.close()
-
-
-class WebpAnimationWriter:
-    """An animated WebP file. Its header says how long it is, so all of it comes at the end; frames wait encoded."""
-
-    def __init__(self, video: VideoRequest, write: Write) -> None:
-        self._video = video
-        self._write = write
-        codec = codec_of(video)
-        self._converter = converter_of(codec, video)
-        self._context = open_codec(codec, video)
-        self._num_added = 0
-
-    def add(self, pixels: memoryview) -> None:
-        frame = self._converter.convert(_rows(pixels, self._video))
-        early = self._context.encode(stamped(frame, self._num_added, self._video.fps))
-        assert not early, "libwebp gives all at the end"
-        self._num_added += 1
-
-    def finish(self) -> None:
-        data = b"".join(bytes(packet) for packet in self._context.encode(None))
-        self._write(_lasting(data, round(self._video.num_frames * 1000 / self._video.fps)))
-
-    def abort(self) -> None:
-        pass
 
 
 class _Muxer:
@@ -216,22 +191,6 @@ def _streamed(video: VideoRequest) -> tuple[str, dict[str, str]]:
             return "gif", bitexact | {"loop": "0"}
         case _:
             raise AssertionError(f"{video.output_format} is not streamed")
-
-
-def _lasting(animation: bytes, length_ms: int) -> bytes:
-    """The animated WebP file with a last frame that ends when the video does: libwebp guesses. A still one stays."""
-    durations: list[tuple[int, int]] = []  # where it stands, milliseconds
-    start = 12
-    while start < len(animation):
-        if animation[start : start + 4] == b"ANMF":
-            durations.append((start + 20, int.from_bytes(animation[start + 20 : start + 23], "little")))
-        size = int.from_bytes(animation[start + 4 : start + 8], "little")
-        start += 8 + size + size % 2
-    if not durations:
-        return animation
-    last, _ = durations.pop()
-    rest_ms = max(1, length_ms - sum(duration_ms for _, duration_ms in durations))
-    return animation[:last] + rest_ms.to_bytes(3, "little") + animation[last + 3 :]
 
 
 def _clusters(duration_us: int) -> dict[str, str]:

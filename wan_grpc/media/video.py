@@ -11,8 +11,8 @@ from wan_grpc.domain.events import VideoInfo
 from wan_grpc.domain.formats import FORMATS, OutputFormat
 from wan_grpc.domain.request import VideoRequest
 from wan_grpc.media.codec_names import codec_name
-from wan_grpc.media.pictures import PictureWriter
-from wan_grpc.media.streams import ProgressiveWriter, ScratchError, StreamWriter, WebpAnimationWriter, Write
+from wan_grpc.media.pictures import PictureWriter, WebpAnimationWriter
+from wan_grpc.media.streams import ProgressiveWriter, ScratchError, StreamWriter, Write
 
 __all__ = ["Encoder", "ScratchError", "describe", "open_encoder"]
 
