@@ -78,7 +78,8 @@ class PaletteConverter:
         image = Image.fromarray(rows)
         palette = _fewer_pixels(image).quantize(256, Image.Quantize.MAXCOVERAGE)
         indexed = image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
-        return VideoFrame.from_ndarray((np.asarray(indexed), _argb(indexed)), format="pal8")
+        pair = (np.asarray(indexed), _argb(indexed))
+        return VideoFrame.from_ndarray(pair, format="pal8")  # type: ignore[arg-type]  # the stub knows no pairs
 
 
 def stamped(frame: VideoFrame, index: int, fps: int) -> VideoFrame:

@@ -12,6 +12,7 @@ from typing import IO, Protocol
 import av
 import numpy as np
 from av.container import OutputContainer
+from av.video.stream import VideoStream
 
 from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import VideoRequest
@@ -93,8 +94,10 @@ class _Muxer:
         self._container: OutputContainer = av.open(file, "w", format=container, container_options=options)
         if container in ("webm", "matroska"):
             self._container.metadata["DURATION"] = _clock(video)
-        self._stream = self._container.add_stream(codec.encoder, rate=video.fps, options=dict(codec.options))
-        codec.configure(self._stream.codec_context, video)
+        stream = self._container.add_stream(codec.encoder, rate=video.fps, options=dict(codec.options))
+        assert isinstance(stream, VideoStream)
+        codec.configure(stream.codec_context, video)
+        self._stream = stream
         self._num_added = 0
         self._container.start_encoding()
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.fake_ranks import CARD, ask, frame, raw_video
 from wan_grpc.domain.errors import Failure, Reason, ServiceError
+from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import VideoRequest, resolve
 from wan_grpc.engine import encoding as module
 from wan_grpc.engine.encoding import Encoding
@@ -137,3 +138,17 @@ def test_a_disk_that_refuses_frames_is_told(spool: Spool, artifact: Artifact, mo
     assert isinstance(work.end(), FramesAbortedError)
     sentence = "the server could not store the video: Disk quota exceeded"
     assert encoding.put_failure == Failure(reason=Reason.STORAGE_FAILED, message=sentence)
+
+
+def test_a_file_that_is_prepared_on_disk_lies_in_the_directory(artifact: Artifact, tmp_path: Path) -> None:
+    """A video whose index stands in front is prepared where the frames are: a disk that is gone is told, like any."""
+    directory = tmp_path / "gone"
+    directory.mkdir()
+    video = resolve(ask(num_frames=9, output_format=OutputFormat.MP4_H264_PROGRESSIVE), CARD, fallback_seed=0)
+    encoding = Encoding(video, artifact, directory)
+    directory.rmdir()  # the frames' own file has no name in it
+    work = Work(encoding)
+    error = work.end()
+    assert isinstance(error, ServiceError)
+    sentence = "the server could not store the video: No such file or directory"
+    assert error.failure == Failure(reason=Reason.STORAGE_FAILED, message=sentence)
