@@ -44,6 +44,7 @@ def _model(card: ModelCard, status: EngineStatus) -> model_pb2.Model:
             takes_image=card.takes_image,
             needs_image=card.needs_image,
             takes_last_image=card.takes_last_image,
+            needs_last_image=card.needs_last_image,
         ),
         defaults=_defaults(card.defaults),
         limits=model_pb2.ModelLimits(

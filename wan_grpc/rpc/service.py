@@ -62,10 +62,12 @@ class VideoGenerationService(VideoGenerationServiceServicer):
         generation = await deadline.meet(self._submit(request, watched=True))
         del request  # which may hold large images, and the stream may last for hours
         try:
-            await announce(context, generation.name)
             async with aclosing(self._engine.watch(generation.name)) as records:
-                while (record := await deadline.meet(anext(records, None))) is not None:
+                record = await deadline.meet(anext(records, None))  # a caller that leaves from now on is missed
+                await announce(context, generation.name)
+                while record is not None:
                     yield pb.GenerateResponse(event=to_event(generation.name, _checked(record)))
+                    record = await deadline.meet(anext(records, None))
         except UnsuccessfulEndError:
             raise  # the generation is final: there is nothing left to expire
         except BaseException:

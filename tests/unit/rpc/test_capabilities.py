@@ -112,6 +112,7 @@ I2V_MODEL = {
         "takes_image": True,
         "needs_image": True,
         "takes_last_image": True,
+        "needs_last_image": True,
     },
     "defaults": {
         **T2V_MODEL["defaults"],  # type: ignore[dict-item]
@@ -164,6 +165,7 @@ I2V_CARD = replace(
     ),
     max_side=8192,
     takes_last_image=True,
+    needs_last_image=True,
 )
 TI2V_CARD = replace(
     CARD,

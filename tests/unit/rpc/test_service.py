@@ -25,6 +25,7 @@ from wan_grpc.domain.events import (
 )
 from wan_grpc.domain.formats import OutputFormat
 from wan_grpc.domain.request import GenerationRequest
+from wan_grpc.rpc import calls, service
 from wan_grpc.rpc.server import RpcServer
 from wan_grpc.rpc.service import Deadline
 from wan_grpc.v1 import adapter_service_pb2 as adapters
@@ -227,6 +228,24 @@ async def test_a_dropped_stream_only_detaches(engine: FakeEngine, stub: VideoGen
         call.cancel()
         await engine.until_watched(by=0)
     assert (engine.cancelled, engine.expired) == ([], [])
+
+
+async def test_a_caller_that_hears_of_its_generation_watches_it(
+    engine: FakeEngine, stub: VideoGenerationServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever leaves as soon as the name is known is missed: the watch began before the name was told."""
+    watchers = []
+
+    async def noted(context: Any, generation: str) -> None:
+        watchers.append(engine.num_watchers)
+        await calls.announce(context, generation)
+
+    monkeypatch.setattr(service, "announce", noted)
+    call = stub.Generate(GENERATE)
+    await call.initial_metadata()
+    call.cancel()
+    await engine.until_watched(by=0)
+    assert watchers == [1]
 
 
 async def test_a_reader_that_is_stuck_and_then_drops_detaches(
