@@ -18,7 +18,13 @@ from wan_grpc.domain.request import VideoRequest
 from wan_grpc.media.samples import BytesConverter, Converter, PaletteConverter, YuvConverter
 
 NUM_THREADS: Final = 4
-"""That share a frame of H.264, VP9 and FFV1. Slices and tiles are in the stream: they must not follow the machine."""
+"""That share a frame of VP9 and FFV1. Slices and tiles are in the stream: they must not follow the machine."""
+
+NUM_H264_THREADS: Final = 8
+"""With four, 81 frames of noise at 1280x720 took 2.5 s on 16 cores; with eight 1.4 s, and 1.6% more bytes.
+
+x264 takes fewer for lower pictures, by a rule of its own that knows the height alone.
+"""
 
 _RGB_MATRIX: Final = 0
 """Of ISO/IEC 23091-4, where the samples are red, green and blue themselves."""
@@ -101,7 +107,7 @@ class Codec:
             context.colorspace, context.color_range = _RGB_MATRIX, ColorRange.JPEG
 
 
-_H264: Final = Codec(encoder="libx264", options=X264, num_threads=NUM_THREADS)
+_H264: Final = Codec(encoder="libx264", options=X264, num_threads=NUM_H264_THREADS)
 _CODECS: Final = {
     OutputFormat.MP4_H264: _H264,
     OutputFormat.MP4_H264_PROGRESSIVE: _H264,

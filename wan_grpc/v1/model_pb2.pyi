@@ -77,7 +77,7 @@ class FrameSize(_message.Message):
     def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
 
 class ModelRules(_message.Message):
-    __slots__ = ("size_multiple", "num_frames_multiple", "max_text_tokens", "max_side", "takes_image", "needs_image", "takes_last_image")
+    __slots__ = ("size_multiple", "num_frames_multiple", "max_text_tokens", "max_side", "takes_image", "needs_image", "takes_last_image", "needs_last_image")
     SIZE_MULTIPLE_FIELD_NUMBER: _ClassVar[int]
     NUM_FRAMES_MULTIPLE_FIELD_NUMBER: _ClassVar[int]
     MAX_TEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class ModelRules(_message.Message):
     TAKES_IMAGE_FIELD_NUMBER: _ClassVar[int]
     NEEDS_IMAGE_FIELD_NUMBER: _ClassVar[int]
     TAKES_LAST_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_LAST_IMAGE_FIELD_NUMBER: _ClassVar[int]
     size_multiple: int
     num_frames_multiple: int
     max_text_tokens: int
@@ -92,7 +93,8 @@ class ModelRules(_message.Message):
     takes_image: bool
     needs_image: bool
     takes_last_image: bool
-    def __init__(self, size_multiple: _Optional[int] = ..., num_frames_multiple: _Optional[int] = ..., max_text_tokens: _Optional[int] = ..., max_side: _Optional[int] = ..., takes_image: bool = ..., needs_image: bool = ..., takes_last_image: bool = ...) -> None: ...
+    needs_last_image: bool
+    def __init__(self, size_multiple: _Optional[int] = ..., num_frames_multiple: _Optional[int] = ..., max_text_tokens: _Optional[int] = ..., max_side: _Optional[int] = ..., takes_image: bool = ..., needs_image: bool = ..., takes_last_image: bool = ..., needs_last_image: bool = ...) -> None: ...
 
 class ModelDefaults(_message.Message):
     __slots__ = ("width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "boundary_ratio", "negative_prompt", "output_format")

@@ -58,6 +58,8 @@ def _facts(answer: service_pb.GetModelResponse) -> Iterator[tuple[str, str]]:
 def _images(rules: model_pb2.ModelRules) -> str:
     if not rules.takes_image:
         return "none: videos are made from text alone"
+    if rules.needs_last_image:
+        return "a first and a last image must be given; PNG, JPEG or WebP"
     first = "a first image must be given" if rules.needs_image else "a first image may be given"
     return f"{first}, {'a last one may be' if rules.takes_last_image else 'a last one may not'}; PNG, JPEG or WebP"
 

@@ -163,10 +163,11 @@ def test_nothing_in_the_file_tells_when_or_by_which_ffmpeg_it_was_made() -> None
     assert b"Lavc" not in data
 
 
-def test_slices_are_in_the_stream() -> None:
-    """Eight slices a frame, whatever the machine: their number must not follow it."""
-    request = video(320, 256, num_frames=1)
-    assert b"sliced_threads=1 slices=8" in encode(request, waves(request)).data
+@pytest.mark.parametrize(("size", "num_slices"), [((320, 256), 4), ((832, 480), 7), ((1280, 720), 8)])
+def test_slices_are_in_the_stream(size: tuple[int, int], num_slices: int) -> None:
+    """Their number follows the height of the video, up to eight, and never the machine."""
+    request = video(*size, num_frames=1)
+    assert f"sliced_threads=1 slices={num_slices}".encode() in encode(request, waves(request)).data
 
 
 def test_one_different_pixel_gives_other_bytes() -> None:
