@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import pytest
+from PIL import Image, ImageSequence
 
 from tests.functional.live import OK, LiveServer, kind, running_server, spec, stage
 from wan_grpc.v1 import generation_pb2 as pb
@@ -31,12 +32,53 @@ def decode(data: bytes) -> list[av.VideoFrame]:
         return list(container.decode(video=0))
 
 
-@pytest.mark.parametrize("output_format", [pb.OUTPUT_FORMAT_MP4_H264, pb.OUTPUT_FORMAT_RAW_RGB24])
-def test_same_request_same_bytes(live: LiveServer, output_format: pb.OutputFormat) -> None:
+PICTURES = {pb.OUTPUT_FORMAT_PNG, pb.OUTPUT_FORMAT_JPEG, pb.OUTPUT_FORMAT_WEBP}
+MEDIA_TYPES = {
+    pb.OUTPUT_FORMAT_MP4_H264: "video/mp4",
+    pb.OUTPUT_FORMAT_MP4_H264_PROGRESSIVE: "video/mp4",
+    pb.OUTPUT_FORMAT_MP4_H265: "video/mp4",
+    pb.OUTPUT_FORMAT_WEBM_VP9: "video/webm",
+    pb.OUTPUT_FORMAT_WEBM_AV1: "video/webm",
+    pb.OUTPUT_FORMAT_MKV_FFV1: "video/matroska",
+    pb.OUTPUT_FORMAT_RAW_RGB24: "application/octet-stream",
+    pb.OUTPUT_FORMAT_WEBP_ANIMATION: "image/webp",
+    pb.OUTPUT_FORMAT_GIF: "image/gif",
+    pb.OUTPUT_FORMAT_PNG: "image/png",
+    pb.OUTPUT_FORMAT_JPEG: "image/jpeg",
+    pb.OUTPUT_FORMAT_WEBP: "image/webp",
+}
+
+
+def of_format(output_format: int) -> pb.GenerationSpec:
+    """A short video, or a single frame where the format is a picture."""
+    num_frames = 1 if output_format in PICTURES else 5
+    return spec(width=96, height=80, num_frames=num_frames, num_inference_steps=1, output_format=output_format)
+
+
+def frame_sizes(output_format: int, data: bytes) -> list[tuple[int, int]]:
+    """What a reader of the format finds."""
+    if output_format == pb.OUTPUT_FORMAT_RAW_RGB24:
+        return [(96, 80)] * (len(data) // (96 * 80 * 3))
+    if output_format == pb.OUTPUT_FORMAT_WEBP_ANIMATION:  # which FFmpeg does not read
+        with Image.open(io.BytesIO(data)) as image:
+            return [frame.size for frame in ImageSequence.Iterator(image)]
+    return [(frame.width, frame.height) for frame in decode(data)]
+
+
+@pytest.mark.parametrize("output_format", MEDIA_TYPES, ids=pb.OutputFormat.Name)
+def test_every_format_is_what_video_info_says(live: LiveServer, output_format: int) -> None:
+    """Through the whole service, each format has its media type, and the frames of the size that was asked for."""
+    stream = live.make(of_format(output_format))
+    info = next(event.video_info for event in stream.events if event.HasField("video_info"))
+    assert frame_sizes(output_format, bytes(stream.video)) == [(96, 80)] * info.num_frames
+    assert info.media_type.split(";")[0] == MEDIA_TYPES[output_format]
+    assert info.num_frames == of_format(output_format).num_frames
+
+
+@pytest.mark.parametrize("output_format", MEDIA_TYPES, ids=pb.OutputFormat.Name)
+def test_same_request_same_bytes(live: LiveServer, output_format: int) -> None:
     """A request that is repeated gives the very same bytes; with another seed it does not."""
-    video = pb.GenerationSpec()
-    video.CopyFrom(VIDEO)
-    video.output_format = output_format
+    video = of_format(output_format)
     first, second = live.make(video), live.make(video)
     assert first.video == second.video
     video.seed += 1
