@@ -1,6 +1,6 @@
 """Fuzzes the front door of a real server: `python -m tests.fuzz.fuzz_front_door --inputs 100000`.
 
-Most inputs are bytes for every method of every service, random or made from good requests; one in twenty is a request
+Most inputs are bytes for every method of every service, random or made from good requests; one in fifty is a request
 of random values, images and options, which runs to its end when it is accepted. Whatever arrives, no call may end in
 INTERNAL or UNKNOWN, the server must go on, and its memory must stay where it is.
 """
@@ -315,8 +315,9 @@ def fuzz(server: LiveServer, num_inputs: int) -> None:
 
     def look() -> None:
         count = caller.outcomes.total()
-        if count % SETTLED == 0 or count == num_inputs:
+        if count % 1000 == 0 or count == num_inputs:
             caller.assert_well()
+        if count % SETTLED == 0 or count == num_inputs:
             resident.setdefault("settled", server.rss_bytes())
             grown = server.rss_bytes() - resident["settled"]
             print(
@@ -330,8 +331,9 @@ def fuzz(server: LiveServer, num_inputs: int) -> None:
         look()
 
     name = server.make(pb.GenerationSpec(prompt="x", image=pictures.jpeg(), num_frames=1, num_inference_steps=1)).name
-    _each(any_spec(), num_inputs // 20, lambda made: use(caller.make(made), made))
-    _each(any_bytes(name), num_inputs - num_inputs // 20, lambda sent: use(caller.send(*sent), sent))
+    num_specs = num_inputs // 50
+    _each(any_spec(), num_specs, lambda made: use(caller.make(made), made))
+    _each(any_bytes(name), num_inputs - num_specs, lambda sent: use(caller.send(*sent), sent))
     for (what, code), count in sorted(caller.outcomes.items()):
         print(f"{what:24} {code:20} {count:7}")
     print(f"resident at first {_mebibytes(resident['at first'])}, in the end {_mebibytes(server.rss_bytes())}")
