@@ -205,7 +205,7 @@ class Engine:
             ServiceError: INVALID_REQUEST, REQUEST_ID_REUSED, QUEUE_FULL, SHUTTING_DOWN.
         """
         try:
-            asked = fingerprint(request)
+            asked = await self._fingerprint(request)
             job = None if found else self._known(asked)
             if job is None:
                 prepared = await self._prepare(request, found)
@@ -364,11 +364,23 @@ class Engine:
             raise ServiceError(Reason.REQUEST_ID_REUSED, sentence)
         return job
 
+    async def _fingerprint(self, request: GenerationRequest) -> GenerationRequest:
+        if request.image is None and request.last_image is None:
+            return request
+        return await asyncio.to_thread(fingerprint, request)
+
     async def _prepare(self, request: GenerationRequest, found: tuple[Violation, ...]) -> Prepared:
         if self._intake.is_quick(request):
             return self._intake.prepare(request, found)
-        async with self._may_read:
-            return await asyncio.to_thread(self._intake.prepare, request, found)
+        await self._may_read.acquire()
+        reading = asyncio.ensure_future(asyncio.to_thread(self._intake.prepare, request, found))
+        reading.add_done_callback(self._note_end_of_reading)
+        return await asyncio.shield(reading)  # a caller who leaves ends no thread: its place is taken until that ends
+
+    def _note_end_of_reading(self, reading: "asyncio.Future[Prepared]") -> None:
+        self._may_read.release()
+        if not reading.cancelled():
+            reading.exception()  # whoever still waits for it is told; nobody has to
 
     def _admit(self, request: GenerationRequest, prepared: Prepared, *, watched: bool) -> GenerationLog:
         video = prepared.video

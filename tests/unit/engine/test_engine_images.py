@@ -75,6 +75,35 @@ async def test_the_same_request_twice_while_its_image_is_read(bench: Bench, monk
     assert one.name == two.name
 
 
+async def test_callers_that_leave_let_no_more_images_be_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images are decoded at once, also when their callers have gone and others come; then it is their turn."""
+    inside: list[int] = []
+    began, may_end = [threading.Event(), threading.Event()], threading.Event()
+
+    def prepare(self: Intake, request: GenerationRequest, found: tuple[Violation, ...] = ()) -> Prepared:
+        inside.append(request.seed or 0)
+        if len(inside) <= 2:
+            began[len(inside) - 1].set()
+        assert may_end.wait(10.0)
+        return original(self, request, found)
+
+    original = Intake.prepare
+    monkeypatch.setattr(Intake, "prepare", prepare)
+    gone = [asyncio.create_task(bench.submit(image=png(32, 32), seed=1)) for _ in range(2)]
+    for each in began:
+        assert await asyncio.to_thread(each.wait, 10.0)
+    for task in gone:
+        task.cancel()
+    await asyncio.wait(gone)
+    waiting = asyncio.create_task(bench.submit(image=png(32, 32), seed=2))
+    for _ in range(10):  # time enough for a thread to begin, were there one
+        await asyncio.to_thread(int)
+    assert inside == [1, 1]
+    may_end.set()
+    assert (await waiting).video.seed == 2
+    assert inside == [1, 1, 2]
+
+
 async def test_pictures_are_forgotten_once_the_ranks_have_them(bench: Bench) -> None:
     """Neither the file nor the pixels of an image stay with a generation that runs or has ended."""
     file = png(640, 640)
