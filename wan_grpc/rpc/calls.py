@@ -30,6 +30,8 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
 _ROOM_AGAIN_S = 1.0
 _ARRIVAL_S = 120.0
 """Within this time a request must have come whole, since others may wait for the room that is kept for it."""
+_SMALL_ARRIVAL_S = 10.0
+"""The same where a request is small and the only one, so that it comes with the call."""
 _SMALL_BYTES = 64 * 1024
 """What a request without a spec needs at most, and what is not worth to be counted once it is here."""
 _TAKE_SPECS = frozenset(f"/wan_grpc.v1.VideoGenerationService/{name}" for name in ("Generate", "CreateGeneration"))
@@ -62,6 +64,7 @@ class _Kind(Enum):
 
     SPEC = auto()
     NAME = auto()
+    PROBE = auto()
     ONE_OF_MANY = auto()
 
 
@@ -77,7 +80,8 @@ class CallBoundary(grpc.aio.ServerInterceptor):
     def __init__(self, *, max_calls: int | None, max_held: int) -> None:
         self._max_calls = max_calls
         self._tasks: set[asyncio.Task[Any]] = set()
-        # Each kind has its own, so that images on their way never keep a generation from being cancelled.
+        # Each kind has its own, so that images on their way never keep a generation from being cancelled, and calls
+        # that bring nothing never let a live server look dead.
         self._rooms = {kind: asyncio.Semaphore(max_held) for kind in _Kind}
 
     async def intercept_service(
@@ -132,8 +136,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         return write_all
 
     async def _receive_one(self, handler: Handler, path: str, context: Context) -> Any:
-        kind = _Kind.SPEC if path in _TAKE_SPECS else _Kind.NAME
-        request = await self._receive(handler, path, context, kind)
+        request = await self._receive(handler, path, context, _kind(path))
         if request is None:
             raise ServiceError(Reason.INVALID_REQUEST, "the call has no request")
         request_id = getattr(request, "request_id", "")
@@ -149,11 +152,12 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         """The next request; None when there is no more."""
         await self._rooms[kind].acquire()
         _room.get().callback(self._rooms[kind].release)
+        arrival_s = _SMALL_ARRIVAL_S if kind in (_Kind.NAME, _Kind.PROBE) else _ARRIVAL_S
         try:
-            async with asyncio.timeout(_ARRIVAL_S):
+            async with asyncio.timeout(arrival_s):
                 raw = await context.read()
         except TimeoutError:
-            sentence = f"no request has arrived within {_ARRIVAL_S:g} s"
+            sentence = f"no request has arrived within {arrival_s:g} s"
             raise ServiceError(Reason.DEADLINE_EXCEEDED, sentence) from None
         if raw is grpc.aio.EOF:
             return None
@@ -201,6 +205,13 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         if self._max_calls is not None and len(self._tasks) >= self._max_calls:
             sentence = f"the server already has {self._max_calls} calls at once"
             raise ServiceError(Reason.TOO_MANY_CALLS, sentence, retry_after_s=_ROOM_AGAIN_S)
+
+
+def _kind(path: str) -> _Kind:
+    """Of the one request of a method."""
+    if path in _TAKE_SPECS:
+        return _Kind.SPEC
+    return _Kind.NAME if path.startswith(_METHODS) else _Kind.PROBE
 
 
 def _forget_frames(error: BaseException | None) -> None:

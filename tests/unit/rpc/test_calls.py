@@ -70,6 +70,16 @@ def raw_call(channel: grpc.aio.Channel, path: str, *requests: bytes, timeout_s: 
     return channel.stream_stream(path)(iter(requests), timeout=timeout_s)
 
 
+def silent_call(channel: grpc.aio.Channel, path: str) -> Any:
+    """A call that never brings its request."""
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    return channel.stream_stream(path)(nothing(), timeout=20.0)
+
+
 async def everything(call: Any) -> list[bytes]:
     return [answer async for answer in call]
 
@@ -133,13 +143,8 @@ async def test_a_request_that_does_not_come(
 ) -> None:
     """Whoever opens a call and says nothing does not keep others from their room for long."""
     monkeypatch.setattr(calls, "_ARRIVAL_S", 0.1)
-    never = asyncio.Event()
-
-    async def nothing() -> AsyncIterator[bytes]:
-        await never.wait()
-        yield b""
-
-    code, sentence, _ = await refusal(everything(channel.stream_stream(path)(nothing(), timeout=20.0)))
+    monkeypatch.setattr(calls, "_SMALL_ARRIVAL_S", 0.1)
+    code, sentence, _ = await refusal(everything(silent_call(channel, path)))
     assert (code, sentence) == (grpc.StatusCode.DEADLINE_EXCEEDED, "no request has arrived within 0.1 s")
 
 
@@ -164,6 +169,20 @@ async def test_large_requests_wait_for_room(engine: HeldEngine, stub: VideoGener
     endings = await asyncio.gather(*tasks, return_exceptions=True)
     assert {ending.code() for ending in endings} == {grpc.StatusCode.INVALID_ARGUMENT}  # the model takes no image
     assert engine.num_held == 6
+
+
+async def test_silent_calls_hide_no_life(server: RpcServer, channel: grpc.aio.Channel) -> None:
+    """Health is told although calls of the API that bring no request have taken all the room of their kind."""
+    silent = [silent_call(channel, f"{VIDEOS}/GetModel") for _ in range(3)]
+    for call in silent:
+        await call.wait_for_connection()
+    room = server._boundary._rooms[calls._Kind.NAME]
+    while not room.locked():  # noqa: ASYNC110  # a semaphore tells nobody
+        await asyncio.sleep(0)
+    check = "/grpc.health.v1.Health/Check"
+    assert len(await everything(raw_call(channel, check, b"", timeout_s=5.0))) == 1
+    for call in silent:
+        call.cancel()
 
 
 async def test_small_requests_take_no_room(engine: HeldEngine, stub: VideoGenerationServiceStub) -> None:
