@@ -26,7 +26,7 @@ def offered(card: ModelCard, *, negative_prompt: str) -> ModelCard:
     sizes = tuple(size for size in card.sizes if _fits(size, card)) or ((defaults.width, defaults.height),)
     offer = replace(card, defaults=defaults, sizes=sizes)
     try:
-        resolve(GenerationRequest(prompt="anything"), offer, fallback_seed=0)
+        resolve(GenerationRequest(prompt="x"), offer, fallback_seed=0)
     except InvalidRequestError as error:
         if ours := tuple(one for one in error.violations if one.field not in _GIVEN_BY_CALLERS):
             raise InvalidRequestError(ours) from error

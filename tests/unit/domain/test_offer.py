@@ -39,6 +39,12 @@ def test_the_usual_limits_change_nothing(card: ModelCard) -> None:
     assert offered(card, negative_prompt="") == card
 
 
+def test_prompts_may_be_as_short_as_the_operator_likes() -> None:
+    """The least limit of prompts leaves a model that can be offered."""
+    card = limited(T2V, max_prompt_bytes=1)
+    assert offered(card, negative_prompt="") == card
+
+
 def test_the_operators_negative_prompt_is_the_default() -> None:
     """It is offered as every other default is."""
     defaults = replace(T2V.defaults, negative_prompt="blurred")
