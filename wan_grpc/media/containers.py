@@ -13,6 +13,10 @@ from typing import Final
 
 MAX_JPEG_SCANS: Final = 100
 """A scan of ten bytes costs a pass over the whole picture; real encoders write about ten of them."""
+MIN_JPEG_SCANS: Final = 16
+"""What a picture of any size may have."""
+MAX_JPEG_SCANNED: Final = 2**29
+"""Pixels of all scans together beyond that, about two seconds of decoding."""
 MAX_SIDE: Final = 65535
 """Pixels; JPEG's own bound. Pillow's decoders count the bits of a row in 31 bits."""
 MAX_PARTS: Final = 65536
@@ -264,8 +268,10 @@ def _check_jpeg_scan(parts: _JpegParts) -> None:
     if not parts.frame:
         raise PictureError("BROKEN", "is a JPEG with a picture before its header")
     parts.num_scans += 1
-    if parts.num_scans > MAX_JPEG_SCANS:
-        raise PictureError("TOO_LARGE", f"is a JPEG of more than {MAX_JPEG_SCANS} scans")
+    height, width = struct.unpack_from(">HH", parts.frame, 1)
+    most = min(MAX_JPEG_SCANS, max(MIN_JPEG_SCANS, MAX_JPEG_SCANNED // (width * height)))
+    if parts.num_scans > most:
+        raise PictureError("TOO_LARGE", f"is a JPEG of {width} x {height} pixels with more than {most} scans")
 
 
 # ---- WebP -----------------------------------------------------------------------------------------------------------

@@ -537,6 +537,20 @@ def test_scans_and_parts_have_a_bound() -> None:
         assert refusal(file, max_bytes=2**24).reason == "TOO_LARGE"
 
 
+@pytest.mark.parametrize(("width", "height", "most"), [(2048, 1024, 100), (2048, 4096, 64), (8192, 4096, 16)])
+def test_large_pictures_have_fewer_scans(width: int, height: int, most: int) -> None:
+    """What scans cost together is bounded, and so is how long two callers can keep others from the decoder."""
+    plain = bytearray(KINDS["jpeg-progressive"])
+    at = plain.index(b"\xff\xc2") + 5
+    plain[at : at + 4] = height.to_bytes(2) + width.to_bytes(2)
+    scan = pictures.segment(0xDA, bytes((1, 1, 0, 1, 63, 0x10)))
+    allowed = bytes(plain[:-2] + scan * (most - plain.count(b"\xff\xda")))
+    assert read_still(allowed + b"\xff\xd9").width == width
+    sentence = f"is a JPEG of {width} x {height} pixels with more than {most} scans"
+    expected = Violation(field="spec.image", description=sentence, reason="TOO_LARGE")
+    assert refusal(allowed + scan + b"\xff\xd9") == expected
+
+
 def test_what_pixels_do_not_need_never_reaches_a_decoder() -> None:
     """Texts that unfold without bound, profiles, thumbnails and EXIF data are left out of what is decoded."""
     bomb = zlib.compress(bytes(2**22))
