@@ -535,5 +535,6 @@ def _unknown(given: str, name: str, known: Iterable[str], *, spell: Callable[[st
 
 def _sentence(detail: ErrorDetails, origins: Mapping[str, str]) -> str:
     name = str(detail["loc"][0])
-    message = detail["msg"][0].lower() + detail["msg"][1:]
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{origins.get(name, _flag(name))}: {message}, not {detail['input']!r}"

@@ -120,7 +120,7 @@ def test_sizes(text: str) -> None:
 def test_what_is_no_size(text: str) -> None:
     """Anything else is refused with an example of what is wanted."""
     assert problems(GenerateSettings, ["--prompt=p", f"--size={text}"]) == (
-        f"--size: value error, must be WIDTHxHEIGHT such as 832x480, not {text!r}",
+        f"--size: must be WIDTHxHEIGHT such as 832x480, not {text!r}",
     )
 
 
@@ -224,7 +224,7 @@ def test_every_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_home_that_nobody_has() -> None:
     """A path below the home of a user who does not exist is refused, and not made in the current directory."""
     assert problems(ServeSettings, ["--spool-dir=~nobody-at-all/x"]) == (
-        "--spool-dir: value error, ~nobody-at-all is nobody's home, not '~nobody-at-all/x'",
+        "--spool-dir: ~nobody-at-all is nobody's home, not '~nobody-at-all/x'",
     )
     assert problems(ServeSettings, ["--config=~nobody-at-all/x"]) == (
         "~nobody-at-all/x: cannot be read: ~nobody-at-all is nobody's home",

@@ -256,11 +256,13 @@ def _placed(jobs: Sequence[Job], directory: Path | None, name_flag: str) -> Iter
     """The same jobs, each with a path that no other has.
 
     Raises:
-        BatchError: two lines name the same file.
+        BatchError: two lines name the same file, or there cannot be files.
     """
     if directory is None:
         yield from (replace(job, path=None) for job in jobs)
         return
+    if directory.exists() and not directory.is_dir():
+        raise BatchError([f"--output-path: {directory} is not a directory"])
     taken: dict[str, str] = {}
     problems = []
     for job in jobs:

@@ -247,6 +247,14 @@ def test_the_same_name_twice_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    """A directory of files that is a file is told before there is a video for it."""
+    (tmp_path / "x").touch()
+    with pytest.raises(BatchError) as raised:
+        plan({"prompt": "p"}, None, tmp_path / "x")
+    assert raised.value.problems == (f"--output-path: {tmp_path / 'x'} is not a directory",)
+
+
 def test_a_directory_is_no_file(tmp_path: Path) -> None:
     """A name that is taken by a directory is told before there is a video for it."""
     (tmp_path / "x").mkdir()

@@ -142,6 +142,7 @@ def test_a_size_is_named_as_it_was_given(server: ScriptedServer, capsys: Capture
         (["--prompt=p", "--image=/no/a.png"], ["--image: /no/a.png: No such file or directory"]),
         (["--prompt=p", "--last-image=/no/a.png"], ["--last-image: /no/a.png: No such file or directory"]),
         (["--prompt=p", "--output=/"], ["--output: / is a directory"]),
+        (["--prompt=p", f"--output-path={__file__}"], [f"--output-path: {__file__} is not a directory"]),
         (["--prompts-file=/no/x"], ["/no/x: cannot be read: No such file or directory"]),
     ],
 )
