@@ -46,7 +46,8 @@ class VideoGenerationServiceStub(object):
     and one of these in `reason`: REQUIRED, UNKNOWN_VALUE, NOT_A_MULTIPLE, OUT_OF_RANGE, TOO_LARGE, TOO_LONG, TOO_MANY,
     DOES_NOT_APPLY, DOES_NOT_FIT, NOT_SERVED; of texts NOT_UTF8, CONTROL_CHARACTER, NOT_A_UUID4, NOT_A_NAME, NOT_A_TOKEN;
     of times NOT_A_DURATION; of images NOT_AN_IMAGE, ANIMATED, TRUNCATED, BROKEN, OTHER_ASPECT. More may be added. Bytes
-    that are no message of the method at all are INVALID_ARGUMENT without a field.
+    that are no message of the method at all are INVALID_ARGUMENT without a field. Text that is not UTF-8 keeps the rest of its
+    message from being read, so that such fields are named by themselves.
 
     Images of up to twice the allowed size are refused by their field. A request that is larger than these (1 MiB and its
     texts when the model takes no images) ends in RESOURCE_EXHAUSTED with a sentence of gRPC itself and no ErrorInfo: send
@@ -127,7 +128,8 @@ class VideoGenerationServiceServicer(object):
     and one of these in `reason`: REQUIRED, UNKNOWN_VALUE, NOT_A_MULTIPLE, OUT_OF_RANGE, TOO_LARGE, TOO_LONG, TOO_MANY,
     DOES_NOT_APPLY, DOES_NOT_FIT, NOT_SERVED; of texts NOT_UTF8, CONTROL_CHARACTER, NOT_A_UUID4, NOT_A_NAME, NOT_A_TOKEN;
     of times NOT_A_DURATION; of images NOT_AN_IMAGE, ANIMATED, TRUNCATED, BROKEN, OTHER_ASPECT. More may be added. Bytes
-    that are no message of the method at all are INVALID_ARGUMENT without a field.
+    that are no message of the method at all are INVALID_ARGUMENT without a field. Text that is not UTF-8 keeps the rest of its
+    message from being read, so that such fields are named by themselves.
 
     Images of up to twice the allowed size are refused by their field. A request that is larger than these (1 MiB and its
     texts when the model takes no images) ends in RESOURCE_EXHAUSTED with a sentence of gRPC itself and no ErrorInfo: send
@@ -373,7 +375,8 @@ class VideoGenerationService(object):
     and one of these in `reason`: REQUIRED, UNKNOWN_VALUE, NOT_A_MULTIPLE, OUT_OF_RANGE, TOO_LARGE, TOO_LONG, TOO_MANY,
     DOES_NOT_APPLY, DOES_NOT_FIT, NOT_SERVED; of texts NOT_UTF8, CONTROL_CHARACTER, NOT_A_UUID4, NOT_A_NAME, NOT_A_TOKEN;
     of times NOT_A_DURATION; of images NOT_AN_IMAGE, ANIMATED, TRUNCATED, BROKEN, OTHER_ASPECT. More may be added. Bytes
-    that are no message of the method at all are INVALID_ARGUMENT without a field.
+    that are no message of the method at all are INVALID_ARGUMENT without a field. Text that is not UTF-8 keeps the rest of its
+    message from being read, so that such fields are named by themselves.
 
     Images of up to twice the allowed size are refused by their field. A request that is larger than these (1 MiB and its
     texts when the model takes no images) ends in RESOURCE_EXHAUSTED with a sentence of gRPC itself and no ErrorInfo: send
