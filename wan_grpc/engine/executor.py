@@ -4,6 +4,7 @@ Knows groups and their restarts. Does not know queues, watchers or files.
 """
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -170,7 +171,8 @@ class Executor:
         died: asyncio.Future[RanksDied] = loop.create_future()
 
         def deliver(event: GroupEvent) -> None:
-            loop.call_soon_threadsafe(take, event)
+            with contextlib.suppress(RuntimeError):  # a loop that a second signal closed has nobody left to tell
+                loop.call_soon_threadsafe(take, event)
 
         def take(event: GroupEvent) -> None:
             if isinstance(event, RanksDied):
