@@ -231,7 +231,14 @@ def resolved(client: Client, negative_prompt: str | None) -> tuple[str, int, int
 
 def test_an_unusable_default_ends_the_start(cache_dir: Path, tmp_path: Path) -> None:
     """A negative prompt that cannot be read is wrong usage of `serve`, in a sentence with the setting and the file."""
-    done = run("serve", "--port=0", f"--default-negative-prompt-file={tmp_path}/none", "--cache-dir", cache_dir)
+    done = run(
+        "serve",
+        "--port=0",
+        "--metrics-port=-1",
+        f"--default-negative-prompt-file={tmp_path}/none",
+        "--cache-dir",
+        cache_dir,
+    )
     sentence = f"--default-negative-prompt-file: {tmp_path}/none: cannot be read: No such file or directory"
     assert (done.returncode, f"wan-grpc serve: {sentence}" in done.stderr.splitlines()) == (2, True)
 

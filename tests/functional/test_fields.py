@@ -169,6 +169,8 @@ REFUSED: dict[str, dict[str, list[Changes]]] = {
             {"output_format": pb.OUTPUT_FORMAT_WEBP_ANIMATION, "width": 1280, "height": 720, "num_frames": 57},
             {"output_format": pb.OUTPUT_FORMAT_WEBP, "num_frames": 1, "width": 16384, "height": 16},
             {"output_format": pb.OUTPUT_FORMAT_MP4_H265, "width": 8208, "height": 64},
+            {"output_format": pb.OUTPUT_FORMAT_MP4_H265, "width": 64, "height": 16},
+            {"output_format": pb.OUTPUT_FORMAT_WEBM_AV1, "width": 48, "height": 64},
         ],
     },
     "max_duration": {
@@ -209,7 +211,7 @@ ACCEPTED: dict[str, list[Changes]] = {
         {"output_format": pb.OUTPUT_FORMAT_GIF, "fps": 50},
         {"output_format": pb.OUTPUT_FORMAT_GIF, "width": 1280, "height": 720, "num_frames": 53},
         {"output_format": pb.OUTPUT_FORMAT_MP4_H265, "width": 8192, "height": 64},
-        *({"output_format": value, "num_frames": 1} for value in pb.OutputFormat.values()),
+        *({"output_format": value, "num_frames": 1, "width": 64, "height": 64} for value in pb.OutputFormat.values()),
     ],
     "max_duration": [{"max_duration": value} for value in (duration(0, 1), duration(LONGEST_S))],
     "detach_grace": [{"detach_grace": value} for value in (duration(), duration(0, 1), duration(LONGEST_S))],
@@ -313,7 +315,7 @@ def test_encoding(t2v: LiveServer, output_format: OutputFormat) -> None:
     """Each option of each format at, below and above its bounds; what does not apply is refused by its path."""
     for name, value, rule in option_cases(FORMATS[output_format]):
         options = pb.EncodingOptions(**{name: value})
-        made = spec(output_format=wire_format(output_format), encoding=options, num_frames=1)
+        made = spec(output_format=wire_format(output_format), encoding=options, num_frames=1, width=64, height=64)
         if rule is None:
             told = resolved(t2v, made).encoding
             assert told.pixel_format != 0
