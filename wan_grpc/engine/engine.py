@@ -372,6 +372,7 @@ class Engine:
     async def _prepare(self, request: GenerationRequest, found: tuple[Violation, ...]) -> Prepared:
         if self._intake.is_quick(request):
             return self._intake.prepare(request, found)
+        self._check_room()  # now as well as later: what would be refused anyway is not decoded first
         await self._may_read.acquire()
         reading = asyncio.ensure_future(asyncio.to_thread(self._intake.prepare, request, found))
         reading.add_done_callback(self._note_end_of_reading)

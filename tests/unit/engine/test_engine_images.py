@@ -143,3 +143,13 @@ async def test_one_frame_of_a_model_that_keeps_the_image_is_told_about(another: 
     )
     assert (await bench.submit(image=png(32, 32), num_frames=5)).warnings == ()
     assert (await bench.submit(num_frames=1)).warnings == ()
+
+
+async def test_no_image_is_read_for_a_full_queue(another: OpenAnother, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that finds no room is told so before its image costs anything."""
+    bench = await another(card=CARD_I2V, max_queue=0)
+    await bench.submit(image=png(32, 32))
+    monkeypatch.setattr(Intake, "prepare", None)  # whoever calls it fails with a TypeError
+    with pytest.raises(ServiceError) as caught:
+        await bench.submit(image=png(32, 32))
+    assert caught.value.failure.reason is Reason.QUEUE_FULL
