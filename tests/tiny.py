@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from PIL import Image
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from wan_grpc.domain.events import Progress
@@ -63,11 +70,21 @@ def save(pipeline: WanPipeline, directory: Path) -> Path:
     return directory
 
 
-def reference(pipeline: WanPipeline, request: VideoRequest, *, output_type: str = "latent") -> torch.Tensor:
-    """What diffusers makes of the request: latents [1, C, F, h, w], or frames [F, H, W, 3] from 0 to 1 for `np`."""
+def reference(
+    pipeline: WanPipeline | WanImageToVideoPipeline,
+    request: VideoRequest,
+    *,
+    output_type: str = "latent",
+    **images: Image.Image | None,
+) -> torch.Tensor:
+    """What diffusers makes of the request: latents [1, C, F, h, w], or frames [F, H, W, 3] from 0 to 1 for `np`.
+
+    images: arguments of the pipeline, for one that takes them.
+    """
     pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=request.flow_shift)
     pipeline.register_to_config(boundary_ratio=request.boundary_ratio)
     output = pipeline(
+        **images,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         height=request.height,

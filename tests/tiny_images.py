@@ -122,24 +122,10 @@ def reference(
     last: Image.Image | None = None,
     output_type: str = "latent",
 ) -> torch.Tensor:
-    """What diffusers makes of the request: latents [1, C, F, h, w], or frames [F, H, W, 3] from 0 to 1 for `np`."""
-    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=request.flow_shift)
-    pipeline.register_to_config(boundary_ratio=request.boundary_ratio)
-    images = {"image": first, "last_image": last} if isinstance(pipeline, WanImageToVideoPipeline) else {}
-    output = pipeline(
-        **images,
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        height=request.height,
-        width=request.width,
-        num_frames=request.num_frames,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        guidance_scale_2=None if request.boundary_ratio is None else request.guidance_scale_2,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        output_type=output_type,
-    ).frames
-    return output if output_type == "latent" else torch.from_numpy(output[0])
+    """What diffusers makes of the request and its images; see `tiny.reference`."""
+    takes_images = isinstance(pipeline, WanImageToVideoPipeline)
+    images = {"image": first, "last_image": last} if takes_images else {}
+    return tiny.reference(pipeline, request, output_type=output_type, **images)
 
 
 def errors(

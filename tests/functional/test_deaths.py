@@ -12,11 +12,14 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2
 
+from tests import pictures
 from tests.functional.live import (
+    MAX_IMAGE_BYTES,
     MIB,
     OK,
     LiveServer,
     eventually,
+    generate_request,
     long_spec,
     running_server,
     shared_memory,
@@ -25,6 +28,7 @@ from tests.functional.live import (
     start_server,
 )
 from wan_grpc.v1 import generation_pb2 as pb
+from wan_grpc.v1.video_generation_service_pb2_grpc import VideoGenerationServiceStub
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -73,6 +77,34 @@ def test_rank_killed_while_denoising(live: LiveServer, pair: LiveServer, rank: i
     restarts = [scrape.value("wan_rank_restarts_total", cause="rank_died") for scrape in (before, after)]
     assert (restarts[1] - restarts[0], after.value("wan_rank_up")) == (1, 2)
     assert [line for line in pair.log().splitlines() if not line.startswith("{")] == []
+
+
+def test_rank_killed_while_it_reads_an_image(live_i2v: LiveServer) -> None:
+    """The image stage dies like any other; a video from an image that waits keeps its picture and is what it was."""
+    image = pictures.saved(pictures.two_colours(80, 40), "PNG")
+    quick = spec(width=64, height=64, image=image, num_inference_steps=1)
+    expected = live_i2v.make(quick).video
+    slow = spec(width=128, height=96, num_frames=25, num_inference_steps=10, image=image)
+    running, waiting = live_i2v.generate(slow), live_i2v.generate(quick)
+    running.until(stage(pb.STAGE_IMAGE))
+    psutil.Process(live_i2v.rank_pids()[0]).kill()
+    left = running.finish()
+    assert (left.code, left.reason) == (grpc.StatusCode.UNAVAILABLE, "RANK_DIED")
+    assert (waiting.finish(), waiting.video) == (OK, expected)
+
+
+def test_callers_who_hang_up_while_they_send(live_i2v: LiveServer) -> None:
+    """A connection that ends within a large request leaves no generation and no bug; the next call is served."""
+    before = live_i2v.names()
+    request = generate_request(spec(image=bytes(8 * MAX_IMAGE_BYTES)))
+    for number in range(20):
+        with grpc.insecure_channel(live_i2v.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            call = VideoGenerationServiceStub(channel).Generate(request)
+            time.sleep(number / 4000)  # from before the connection stands to after the request has arrived
+            call.cancel()
+    assert (live_i2v.names(), live_i2v.health()) == (before, SERVING)
+    assert "a call met a bug" not in live_i2v.log()
+    assert live_i2v.make(spec(image=pictures.jpeg(), num_inference_steps=1)).completed.size_bytes > 0
 
 
 def test_rank_out_of_memory(live: LiveServer, pair: LiveServer) -> None:
