@@ -14,7 +14,7 @@ import torch
 
 from wan_grpc.domain.errors import UnusableModelError
 
-_REPEATABLE: Final = {"MKL_CBWR": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+_REPEATABLE: Final = {"MKL_CBWR": "AVX2,STRICT", "ATEN_CPU_CAPABILITY": "avx2"}
 """Read by MKL and torch when they compute for the first time."""
 _REPEATABLE_THREADS: Final = (1, 2, 4)
 
