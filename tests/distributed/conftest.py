@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.distributed.live import Live, live_ranks
+from tests.distributed.live import FOUR, PAIR, Live, live_ranks
 from wan_grpc.engine.group import prepare_forkserver
 from wan_grpc.pipeline.tiny import ensure_tiny_model
 
@@ -33,7 +33,14 @@ async def single(tiny: Path) -> AsyncIterator[Live]:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def pair(tiny: Path) -> AsyncIterator[Live]:
     """Two ranks. Shared: whoever kills one leaves a ready group."""
-    async with live_ranks(tiny, copies=2) as live:
+    async with live_ranks(tiny, topology=PAIR) as live:
+        yield live
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def four(tiny: Path) -> AsyncIterator[Live]:
+    """Four ranks. Shared likewise."""
+    async with live_ranks(tiny, topology=FOUR) as live:
         yield live
 
 

@@ -11,10 +11,11 @@ import psutil
 import pytest
 
 from tests.bench import eventually
-from tests.distributed.live import HEARD_S, Live, bare_ranks, is_gone, live_ranks, open_files, run, video
+from tests.distributed.live import ALONE, HEARD_S, PAIR, Live, bare_ranks, is_gone, live_ranks, open_files, run, video
 from wan_grpc.domain.errors import Failure, Reason, UnusableModelError
 from wan_grpc.domain.events import Stage, State
 from wan_grpc.domain.observations import GroupRestarting, RankChanged, RestartCause
+from wan_grpc.domain.topology import Topology
 from wan_grpc.engine.executor import RestartPolicy
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -112,7 +113,7 @@ async def test_a_forkserver_that_is_killed(pair: Live, reference: bytes) -> None
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_signals_to_the_group_change_nothing(tiny: Path, reference: bytes, number: signal.Signals) -> None:
     """Ctrl-C and a service manager reach ranks and forkserver too; what is being made is made to its end."""
-    async with live_ranks(tiny, copies=2) as live:
+    async with live_ranks(tiny, topology=PAIR) as live:
         pids, forkserver = live.pids, psutil.Process(live.pids[0]).ppid()
         watcher = await live.begin(num_inference_steps=20)
         await watcher.saw(Stage.DENOISE, 2)
@@ -131,7 +132,7 @@ async def test_signals_to_the_group_change_nothing(tiny: Path, reference: bytes,
 async def test_ranks_that_die_before_they_are_ready(tiny: Path) -> None:
     """Three starts in a row that come to nothing are enough: a sentence says so, and those that wait hear it."""
     policy = RestartPolicy(max_failures=3, window_s=60.0)
-    async with live_ranks(tiny, copies=2, policy=policy, wait=False) as live:
+    async with live_ranks(tiny, topology=PAIR, policy=policy, wait=False) as live:
         waiting = await live.begin()
         killer = asyncio.create_task(kill_newborns(live))
         fatal = await asyncio.wait_for(asyncio.shield(live.engine.fatal), 60.0)
@@ -157,7 +158,7 @@ async def kill_newborns(live: Live) -> None:
 
 async def test_a_start_that_fails_once_is_tried_again(tiny: Path, reference: bytes) -> None:
     """One rank that dies while it loads costs a second, not the server."""
-    async with live_ranks(tiny, copies=2, wait=False) as live:
+    async with live_ranks(tiny, topology=PAIR, wait=False) as live:
         await eventually(lambda: len(live.pids) == 2)
         os.kill(live.pids[1], signal.SIGKILL)
         assert await live.make() == reference
@@ -172,14 +173,14 @@ async def test_ranks_that_take_too_long(tiny: Path) -> None:
         await eventually(lambda: live.pids == ())
 
 
-@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("topology", [ALONE, PAIR], ids=["1", "2"])
 async def test_a_checkpoint_that_is_damaged_meanwhile(
-    tiny: Path, reference: bytes, tmp_path: Path, copies: int
+    tiny: Path, reference: bytes, tmp_path: Path, topology: Topology
 ) -> None:
     """Ranks at work do not notice; when they must start again it is fatal at once, in the loader's own words."""
     checkpoint = tmp_path / "model"
     shutil.copytree(tiny, checkpoint)
-    async with live_ranks(checkpoint, copies=copies) as live:
+    async with live_ranks(checkpoint, topology=topology) as live:
         damaged = next(checkpoint.glob("transformer/*.safetensors"))
         damaged.write_bytes(b"\xff" * damaged.stat().st_size)
         assert await live.make() == reference
@@ -196,7 +197,7 @@ async def test_a_checkpoint_that_is_damaged_meanwhile(
 
 async def test_a_stop_while_ranks_are_starting(tiny: Path) -> None:
     """A server that is told to leave before it is ready leaves no process behind."""
-    async with live_ranks(tiny, copies=2, wait=False) as live:
+    async with live_ranks(tiny, topology=PAIR, wait=False) as live:
         await eventually(lambda: len(live.pids) == 2)
         pids = live.pids
     assert all(is_gone(pid) for pid in pids)
@@ -204,7 +205,7 @@ async def test_a_stop_while_ranks_are_starting(tiny: Path) -> None:
 
 async def test_a_stop_in_the_middle_of_a_video(tiny: Path) -> None:
     """Ranks at work are killed, and the generation ends as CANCELLED."""
-    async with live_ranks(tiny, copies=2) as live:
+    async with live_ranks(tiny, topology=PAIR) as live:
         watcher = await live.reach(Stage.DENOISE, 1)
         pids = live.pids
     await watcher.to_end()
@@ -215,10 +216,10 @@ async def test_a_stop_in_the_middle_of_a_video(tiny: Path) -> None:
 # ---- errors in the middle -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-async def test_an_error_in_the_pipeline(tiny: Path, tmp_path: Path, copies: int) -> None:
+@pytest.mark.parametrize("topology", [ALONE, PAIR], ids=["1", "2"])
+async def test_an_error_in_the_pipeline(tiny: Path, tmp_path: Path, topology: Topology) -> None:
     """A video that nobody checked fails inside; the ranks tell of a bug, live on, and make the next one right."""
-    async with bare_ranks(tiny, tmp_path, copies=copies) as executor:
+    async with bare_ranks(tiny, tmp_path, topology=topology) as executor:
         good = video(executor)
         first: list[bytes] = []
         await run(executor, good, lambda frame: first.append(bytes(frame)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.distributed.live import Live, live_ranks, name_of
+from tests.distributed.live import PAIR, Live, live_ranks, name_of
 from tests.tiny_images import picture
 from wan_grpc.domain.events import Failed, Progress, Stage, State
 from wan_grpc.domain.variants import Task
@@ -26,7 +26,7 @@ async def groups(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tupl
     """One rank, and two, of the tiny image-to-video model."""
     directory: Path = tmp_path_factory.mktemp("i2v") / "model"
     make_tiny_model(directory, task=Task.IMAGE_TO_VIDEO)
-    async with live_ranks(directory) as single, live_ranks(directory, copies=2) as pair:
+    async with live_ranks(directory) as single, live_ranks(directory, topology=PAIR) as pair:
         yield single, pair
 
 

@@ -18,7 +18,7 @@ from tests.distributed.live import HEARD_S, is_gone
 SERVER = """
 import asyncio, json, os, sys, tempfile
 from pathlib import Path
-from tests.distributed.live import LONG, live_ranks
+from tests.distributed.live import LONG, PAIR, live_ranks
 from wan_grpc.domain.events import Stage
 from wan_grpc.engine.group import prepare_forkserver
 
@@ -27,7 +27,7 @@ def say(**words):
 
 async def main(checkpoint, moment):
     prepare_forkserver()
-    async with live_ranks(Path(checkpoint), copies=2, wait=moment != "starting") as live:
+    async with live_ranks(Path(checkpoint), topology=PAIR, wait=moment != "starting") as live:
         if moment == "starting":
             while len(live.pids) < 2:
                 await asyncio.sleep(0.001)

@@ -12,6 +12,7 @@ from wan_grpc.domain.events import Progress
 from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.request import VideoRequest
 from wan_grpc.domain.topology import Topology
+from wan_grpc.domain.traffic import RankTime, Traffic
 from wan_grpc.pipeline.checkpoint import Checkpoint
 
 
@@ -75,9 +76,11 @@ class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Rank 0 to the server: a stage began or the device finished a step of it."""
+    """Rank 0 to the server: a stage began or the devices of all ranks finished a step of it."""
 
     progress: Progress
+    times: tuple[RankTime, ...] = ()
+    """Of the step, by rank; empty when a stage began."""
 
 
 class FrameReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -86,9 +89,30 @@ class FrameReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     slot: int
 
 
+class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Any rank to the server: this generation raised here, so it cannot end well. RunEnded follows when all have left."""
+
+    generation: str
+    rank: int
+    failure: Failure
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Server to every rank, on its lifeline: another rank has failed; wait for nothing more in this generation."""
+
+    generation: str
+
+
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
     used_bytes: int
     peak_bytes: int
+
+
+class RankAccount(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rank to rank: what a generation cost here."""
+
+    memory: MemoryUse
+    traffic: tuple[Traffic, ...]
 
 
 class RunEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -99,20 +123,24 @@ class RunEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """By rank."""
     cancelled: bool = False
     failure: Failure | None = None
+    traffic: tuple[tuple[Traffic, ...], ...] = ()
+    """What each rank exchanged with others, by rank; empty after a failure."""
 
 
 Order: TypeAlias = Run | Stop
 ToRank: TypeAlias = Run | Stop | Cancel | SlotFreed
-FromRank: TypeAlias = Ready | LoadFailed | StepDone | FrameReady | RunEnded
+FromRank: TypeAlias = Ready | LoadFailed | StepDone | FrameReady | RankFailed | RunEnded
 
 _configs = msgspec.msgpack.Decoder(RankConfig)
 _encoder = msgspec.msgpack.Encoder()
 _orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
 _to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+_aborts: msgspec.msgpack.Decoder[Abort] = msgspec.msgpack.Decoder(Abort)
+_accounts: msgspec.msgpack.Decoder[RankAccount] = msgspec.msgpack.Decoder(RankAccount)
 _from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 
 
-def encode(message: ToRank | FromRank | RankConfig) -> bytes:
+def encode(message: ToRank | FromRank | RankConfig | Abort | RankAccount) -> bytes:
     return _encoder.encode(message)
 
 
@@ -122,6 +150,14 @@ def decode_order(data: bytes) -> Order:
 
 def decode_to_rank(data: bytes) -> ToRank:
     return _to_rank.decode(data)
+
+
+def decode_abort(data: bytes) -> Abort:
+    return _aborts.decode(data)
+
+
+def decode_account(data: bytes) -> RankAccount:
+    return _accounts.decode(data)
 
 
 def decode_from_rank(data: bytes) -> FromRank:

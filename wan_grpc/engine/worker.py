@@ -6,7 +6,8 @@ The only module of the engine that touches torch. Knows the pipeline and the mes
 import os
 import signal
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from multiprocessing.connection import Connection
 
 import structlog
@@ -23,7 +24,9 @@ from wan_grpc.engine.messages import (
     LoadFailed,
     MemoryUse,
     Order,
+    RankAccount,
     RankConfig,
+    RankFailed,
     Ready,
     Run,
     RunEnded,
@@ -32,16 +35,23 @@ from wan_grpc.engine.messages import (
     Stop,
 )
 from wan_grpc.engine.shared import FrameRing
-from wan_grpc.optimize.attention import choose
-from wan_grpc.parallel.mesh import Mesh, PeersLostError, join
+from wan_grpc.optimize.attention import Attention, choose
+from wan_grpc.parallel.cfg import PassSplit
+from wan_grpc.parallel.group import ExchangeBrokenError
+from wan_grpc.parallel.mesh import Agreed, Mesh, PeersLostError, join
+from wan_grpc.parallel.sequence import SequenceSplit
 from wan_grpc.pipeline import device as devices
 from wan_grpc.pipeline.load import DTYPES, load
 from wan_grpc.pipeline.video import VideoPipeline
 from wan_grpc.telemetry import logs
 
-# What a rank says after each step. The largest word wins, so a failure outranks a cancel.
-GO, CANCEL, FAIL, OUT_OF_MEMORY = 0, 1, 2, 3
+# What a rank says after each step. The largest word wins, so a failure outranks a cancel. LOST is said by ranks whose
+# exchange broke off because another one failed, which has a word of its own for it.
+GO, CANCEL, LOST, FAIL, OUT_OF_MEMORY = range(5)
 _FAILURES = {
+    LOST: Failure(
+        reason=Reason.RANK_DIED, message="an exchange of data between the ranks broke off; try again", retry_after_s=1.0
+    ),
     FAIL: Failure(reason=Reason.INTERNAL, message="an internal error ended the generation; the server's log has it"),
     OUT_OF_MEMORY: Failure(
         reason=Reason.OUT_OF_MEMORY,
@@ -61,7 +71,8 @@ class LeaveRun(Exception):
 def main(config_bytes: bytes, pipe: Connection, lifeline: Connection, ring_fd: int) -> None:
     """Entry point of a rank process."""
     config = messages.decode_config(config_bytes)
-    _die_with_the_server(lifeline)
+    alarm = Alarm()
+    _die_with_the_server(lifeline, alarm)
     logs.configure(level=config.log_level, log_format=config.log_format)
     structlog.contextvars.bind_contextvars(rank=config.rank)
     ring = FrameRing(ring_fd, slot_bytes=config.slot_bytes, num_slots=config.num_slots)
@@ -73,35 +84,63 @@ def main(config_bytes: bytes, pipe: Connection, lifeline: Connection, ring_fd: i
         raise SystemExit(1) from error
     pipe.send_bytes(messages.encode(_ready(config.rank, pipeline)))
     try:
-        _serve(mesh, pipeline, Outlet(pipe, ring))
+        _serve(mesh, pipeline, Outlet(pipe, ring), alarm)
     except PeersLostError as error:
         structlog.get_logger().warning("another rank is gone, so this one ends, too", detail=str(error))
         raise SystemExit(1) from error
     mesh.leave()
 
 
-def _die_with_the_server(lifeline: Connection) -> None:
+class Alarm:
+    """Lets the server call this rank out of an exchange that another rank will never join."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._generation: str | None = None
+        self._mesh: Mesh | None = None
+
+    @contextmanager
+    def armed(self, mesh: Mesh, generation: str) -> Iterator[None]:
+        """Within the block `ring` for this generation aborts the mesh."""
+        with self._lock:
+            self._mesh, self._generation = mesh, generation
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._mesh = self._generation = None
+
+    def ring(self, generation: str) -> None:
+        """From another thread. One that comes too late, for a generation that is left already, is nothing."""
+        with self._lock:
+            if self._mesh is not None and self._generation == generation:
+                self._mesh.abort()
+
+
+def _die_with_the_server(lifeline: Connection, alarm: Alarm) -> None:
     """End this process as soon as the server is gone, whatever it is doing, even inside a collective."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(
             number, signal.SIG_IGN
         )  # a rank is told to stop by message; Ctrl-C reaches the whole process group
     end_with_parent()  # the forkserver, which itself ends with the server
-    threading.Thread(target=_wait_for_end, args=(lifeline,), name="lifeline", daemon=True).start()
+    threading.Thread(target=_follow_lifeline, args=(lifeline, alarm), name="lifeline", daemon=True).start()
 
 
-def _wait_for_end(lifeline: Connection) -> None:
-    try:
-        lifeline.recv_bytes()
-    except (EOFError, OSError):
-        os._exit(1)
+def _follow_lifeline(lifeline: Connection, alarm: Alarm) -> None:
+    while True:
+        try:
+            told = lifeline.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(1)
+        alarm.ring(messages.decode_abort(told).generation)
 
 
 def _prepare(config: RankConfig) -> tuple[Mesh, VideoPipeline]:
     """Meet the other ranks and load the model."""
     device = devices.resolve_device(config.device, local_rank=config.rank)
     devices.make_repeatable(device, num_threads=config.cpu_threads)  # before anything is computed here
-    mesh = join(config.topology, config.rank, store_path=config.rendezvous)
+    mesh = join(config.topology, config.rank, device=torch.device(device), store_path=config.rendezvous)
     dtype = _dtype(config.dtype, device)
     attention = choose("auto", device=torch.device(device), dtype=DTYPES[dtype])
     pipeline = load(
@@ -109,10 +148,19 @@ def _prepare(config: RankConfig) -> tuple[Mesh, VideoPipeline]:
         device=device,
         dtype=dtype,
         load_format=config.load_format,
-        attention=attention.function,
         attention_name=attention.name,
     )
+    divide(pipeline, mesh, attention)
     return mesh, pipeline
+
+
+def divide(pipeline: VideoPipeline, mesh: Mesh, attention: Attention) -> None:
+    """Let the ranks of `mesh` compute each video together. With one rank every part is the whole."""
+    sequence = SequenceSplit(mesh, attention.function, attention.with_lse)
+    for transformer in pipeline.transformers.values():
+        transformer.set_attention(sequence.attend)
+        transformer.token_split = sequence
+    pipeline.run_passes = PassSplit(mesh, sequence)
 
 
 def _ready(rank: int, pipeline: VideoPipeline) -> Ready:
@@ -132,7 +180,7 @@ def _dtype(wanted: str, device: str) -> str:
 
 
 class Outlet:
-    """Rank 0's line to the server: messages both ways, frames through the ring. Other ranks never use theirs."""
+    """A rank's line to the server. Orders come and frames leave on that of rank 0; others tell of failures alone."""
 
     def __init__(self, pipe: Connection, ring: FrameRing) -> None:
         self._pipe = pipe
@@ -181,13 +229,13 @@ class Outlet:
         return None
 
 
-def _serve(mesh: Mesh, pipeline: VideoPipeline, outlet: Outlet) -> None:
+def _serve(mesh: Mesh, pipeline: VideoPipeline, outlet: Outlet, alarm: Alarm) -> None:
     while True:
         order = _shared_order(mesh, outlet)
         if isinstance(order, Stop):
             return
         with structlog.contextvars.bound_contextvars(generation=order.generation):
-            ended = RankRun(mesh, pipeline, outlet, order).to_end()
+            ended = RankRun(mesh, pipeline, outlet, order, alarm).to_end()
         if mesh.is_first:
             outlet.send(ended)
 
@@ -200,34 +248,58 @@ def _shared_order(mesh: Mesh, outlet: Outlet) -> Order:
 class RankRun:
     """One generation on one rank. Every rank says exactly one word per step, and leaves at the first that is not GO."""
 
-    def __init__(self, mesh: Mesh, pipeline: VideoPipeline, outlet: Outlet, order: Run) -> None:
+    def __init__(self, mesh: Mesh, pipeline: VideoPipeline, outlet: Outlet, order: Run, alarm: Alarm) -> None:
         self._mesh = mesh
         self._pipeline = pipeline
         self._outlet = outlet
         self._order = order
+        self._alarm = alarm
 
     def to_end(self) -> RunEnded:
         devices.reset_peak(self._pipeline.device)
         word = self._last_word()
+        if word not in (GO, CANCEL):
+            self._recover()
         self._pipeline.free_memory()
+        accounts = self._accounts()
         return RunEnded(
             generation=self._order.generation,
-            memory=self._memory(),
+            memory=tuple(account.memory for account in accounts),
             cancelled=word == CANCEL,
             failure=_FAILURES.get(word),
+            traffic=tuple(account.traffic for account in accounts),
         )
 
     def _last_word(self) -> int:
         try:
-            self._compute()
+            with self._alarm.armed(self._mesh, self._order.generation):
+                self._compute()
+            word = self._wish()
         except LeaveRun as left:
             return left.word
         except PeersLostError:
             raise
+        except ExchangeBrokenError as error:
+            structlog.get_logger().warning("an exchange with other ranks broke off", detail=str(error))
+            word = LOST
         except Exception as error:  # noqa: BLE001  the rank loop is one of the two places that must outlive any error
-            structlog.get_logger().exception("generation failed on this rank")
-            return self._mesh.agree(OUT_OF_MEMORY if devices.is_out_of_memory(error) else FAIL)
-        return self._mesh.agree(self._wish())
+            word = self._complain(error)
+        if word not in (GO, CANCEL):
+            self._mesh.drop()  # after the error's frames are gone, which hold links: others wait for these to break
+        return self._mesh.agree(word).word
+
+    def _complain(self, error: Exception) -> int:
+        """Tell the server at once, which calls the other ranks out of what they wait for; the word for it."""
+        structlog.get_logger().exception("generation failed on this rank")
+        word = OUT_OF_MEMORY if devices.is_out_of_memory(error) else FAIL
+        failed = RankFailed(generation=self._order.generation, rank=self._mesh.rank, failure=_FAILURES[word])
+        self._outlet.send(failed)
+        return word
+
+    def _recover(self) -> None:
+        """Links that may be broken or half used are given up and made anew; the weights stay."""
+        self._mesh.drop()
+        self._mesh.build()
 
     def _compute(self) -> None:
         slices = self._pipeline.generate(self._order.video, frames=self._order.frames, on_step=self._finish_step)
@@ -238,20 +310,27 @@ class RankRun:
                         self._outlet.send_frame(frame, self._order.generation)
 
     def _finish_step(self, progress: Progress) -> None:
-        """Tell what the device has finished, then go on only if every rank does."""
-        if self._mesh.is_first:
-            self._outlet.send(StepDone(progress=progress))
-        agreed = self._mesh.agree(self._wish())
-        if agreed != GO:
-            raise LeaveRun(agreed)
+        """Tell what the devices of all ranks have finished, then go on only if every rank does."""
+        agreed = self._agree(progress)
+        if self._mesh.is_first and agreed.word in (GO, CANCEL):
+            self._outlet.send(StepDone(progress=progress, times=agreed.times if progress.step else ()))
+        if agreed.word != GO:
+            raise LeaveRun(agreed.word)
+
+    def _agree(self, progress: Progress) -> Agreed:
+        if progress.step == 0:
+            return self._mesh.agree(self._wish())
+        waited_s = self._mesh.meter.lap()
+        return self._mesh.agree(self._wish(), seconds=progress.step_time_s or 0.0, waited_s=waited_s)
 
     def _wish(self) -> int:
         """What this rank says when it has nothing to complain about: rank 0 speaks for the server."""
         return CANCEL if self._mesh.is_first and self._outlet.is_cancelled(self._order.generation) else GO
 
-    def _memory(self) -> tuple[MemoryUse, ...]:
+    def _accounts(self) -> tuple[RankAccount, ...]:
+        """What the generation cost each rank, by rank."""
         device = self._pipeline.device
         devices.synchronize(device)  # a device that can no longer compute ends this rank here, and the group restarts
-        used = self._mesh.gather(devices.used_bytes(device))
-        peak = self._mesh.gather(devices.peak_bytes(device))
-        return tuple(MemoryUse(used_bytes=u, peak_bytes=p) for u, p in zip(used, peak, strict=True))
+        memory = MemoryUse(used_bytes=devices.used_bytes(device), peak_bytes=devices.peak_bytes(device))
+        mine = RankAccount(memory=memory, traffic=self._mesh.meter.take())
+        return tuple(messages.decode_account(data) for data in self._mesh.gather(messages.encode(mine)))

@@ -3,8 +3,10 @@
 Knows who predicts at each step and how predictions are guided. Does not know how noise is drawn or pixels are made.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -16,6 +18,17 @@ from wan_grpc.pipeline.experts import Choice, choose
 from wan_grpc.pipeline.image import Condition
 from wan_grpc.pipeline.schedule import Schedule
 from wan_grpc.pipeline.transformer import WanTransformer
+
+Pass: TypeAlias = Callable[[], torch.Tensor]
+"""One forward pass: the prediction that it makes, [1, C, F, h, w]."""
+
+RunPasses: TypeAlias = Callable[[Sequence[Pass]], Sequence[torch.Tensor]]
+"""Runs the passes of one step, here or elsewhere: what each of them predicts, in order."""
+
+
+def run_in_turn(passes: Sequence[Pass]) -> Sequence[torch.Tensor]:
+    """Each pass on this device, one after the other."""
+    return [run() for run in passes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +50,7 @@ def denoise(
     schedule: Schedule,
     transformers: Mapping[Expert, WanTransformer],
     on_step: Callable[[Progress], None],
+    run_passes: RunPasses = run_in_turn,
 ) -> torch.Tensor:
     """From noise to the latents of a video. [1, C, F, h, w] in and out, fp32.
 
@@ -54,6 +68,7 @@ def denoise(
             prompts=prompts,
             condition=condition,
             choice=choice,
+            run_passes=run_passes,
         )
         latents = schedule.step(index, noise, latents)
         finished = Progress(
@@ -75,6 +90,7 @@ def predict(
     prompts: Prompts,
     condition: Condition,
     choice: Choice,
+    run_passes: RunPasses = run_in_turn,
 ) -> torch.Tensor:
     """The flow that one expert sees in the latents, guided away from the negative prompt. [1, C, F, h, w], fp32.
 
@@ -84,9 +100,12 @@ def predict(
     seen = condition.shown(latents).to(transformer.compute_dtype)
     timesteps = condition.timesteps(timestep, latents.shape[2])
     images = None if condition.embedding is None else condition.embedding.to(transformer.compute_dtype)
-    conditional = transformer.predict(seen, timesteps, prompts.positive, images).float()
-    if not choice.is_guided:
+    texts = [prompts.positive]
+    if choice.is_guided:
+        assert prompts.negative is not None, "a guided step needs the negative prompt"
+        texts.append(prompts.negative)
+    passes = [partial(transformer.predict, seen, timesteps, text, images) for text in texts]
+    conditional, *unconditional = (prediction.float() for prediction in run_passes(passes))
+    if not unconditional:
         return conditional
-    assert prompts.negative is not None, "a guided step needs the negative prompt"
-    unconditional = transformer.predict(seen, timesteps, prompts.negative, images).float()
-    return unconditional + choice.guidance_scale * (conditional - unconditional)
+    return unconditional[0] + choice.guidance_scale * (conditional - unconditional[0])

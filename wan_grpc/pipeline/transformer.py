@@ -1,10 +1,11 @@
 """The Wan transformer: diffusers' weights and blocks, our own forward.
 
-Knows how latents become tokens and back, and where self-attention is plugged in. Does not know experts, steps or ranks.
+Knows how latents become tokens and back, where self-attention is plugged in, and where somebody may divide the tokens.
+Does not know experts, steps or ranks.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,28 @@ AttentionFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tenso
 
 RotaryEmbedding: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each [1, S, 1, D], every value standing twice."""
+
+
+class TokenSplit(Protocol):
+    """Who computes which tokens of a forward pass. Attention among all of them is the split's own concern."""
+
+    def begin(self, num_tokens: int) -> slice:
+        """A pass over this many tokens begins: those that are computed here."""
+
+    def join(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What was computed here, [B, s, d], to what was computed everywhere, [B, S, d], in order."""
+
+
+class _AllHere:
+    def begin(self, num_tokens: int) -> slice:
+        return slice(0, num_tokens)
+
+    def join(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens
+
+
+ALL_HERE: TokenSplit = _AllHere()
+"""One device computes every token."""
 
 
 def torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -98,6 +121,8 @@ def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> 
 class WanTransformer(WanTransformer3DModel):
     """One expert. Loads what WanTransformer3DModel loads, by the same names."""
 
+    token_split: TokenSplit = ALL_HERE
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """What latents are cast to on their way in; norms and modulation stay in fp32."""
@@ -146,10 +171,13 @@ class WanTransformer(WanTransformer3DModel):
             raise ValueError("attention_kwargs are not served by this transformer")
         if (encoder_hidden_states_image is None) != (self.condition_embedder.image_embedder is None):
             raise ValueError("encoder_hidden_states_image goes with transformers that have an image_dim, and only them")
-        positions: RotaryEmbedding = self.rope(hidden_states)
+        cosines, sines = self.rope(hidden_states)
         tokens = self.to_tokens(hidden_states)
+        num_tokens = tokens.shape[1]
+        here = self.token_split.begin(num_tokens)
+        tokens, positions = tokens[:, here], (cosines[:, here], sines[:, here])
         temb, modulation, context = self._embed_conditions(
-            timestep, encoder_hidden_states, encoder_hidden_states_image, num_tokens=tokens.shape[1]
+            timestep, encoder_hidden_states, encoder_hidden_states_image, num_tokens=num_tokens, here=here
         )
         for block in self.blocks:
             tokens = block(tokens, context, modulation, positions)
@@ -157,11 +185,12 @@ class WanTransformer(WanTransformer3DModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _embed_conditions(
-        self, timestep: torch.Tensor, text: torch.Tensor, images: torch.Tensor | None, *, num_tokens: int
+        self, timestep: torch.Tensor, text: torch.Tensor, images: torch.Tensor | None, *, num_tokens: int, here: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Time [B, n, inner_dim], modulation, and what is attended to, [B, m, inner_dim].
 
-        The modulation is as blocks take it: [B, 6, inner_dim], or [B, S, 6, inner_dim] if tokens differ in timestep.
+        The modulation is as blocks take it: [B, 6, inner_dim], or [B, s, 6, inner_dim] for the s tokens `here` out of
+        num_tokens if they differ in timestep.
         A run of tokens is embedded once, not token by token: the largest video has 27,280 of them, in 31 runs.
         """
         num_runs = timestep.shape[1] if timestep.ndim == 2 else None
@@ -173,8 +202,8 @@ class WanTransformer(WanTransformer3DModel):
             context = torch.cat([image_context, context], dim=1)
         if num_runs is None:
             return temb.unsqueeze(1), modulation, context
-        temb, modulation = (rows.repeat_interleave(num_tokens // num_runs, dim=1) for rows in (temb, modulation))
-        return temb, modulation, context
+        runs = torch.arange(here.start, here.stop, device=temb.device) // (num_tokens // num_runs)
+        return temb[:, runs], modulation[:, runs], context
 
     def to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, C, F, h, w] -> [B, S, inner_dim], one token for each patch, frame by frame, row by row."""
@@ -182,10 +211,10 @@ class WanTransformer(WanTransformer3DModel):
         return embedded.flatten(2).transpose(1, 2).contiguous()
 
     def to_latents(self, tokens: torch.Tensor, temb: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """[B, S, inner_dim] -> [B, C_out, F, h, w] with F, h, w of `shape`; temb is [B, 1 or S, inner_dim]."""
+        """[B, s, inner_dim] -> [B, C_out, F, h, w] with F, h, w of `shape`; temb is [B, 1 or s, inner_dim]."""
         shift, scale = (self.scale_shift_table + temb.unsqueeze(2)).unbind(2)
         tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
-        patches: torch.Tensor = self.proj_out(tokens)
+        patches = self.token_split.join(self.proj_out(tokens))
         time, rows, columns = self.config["patch_size"]
         grid = (shape[2] // time, shape[3] // rows, shape[4] // columns)
         patches = patches.reshape(shape[0], *grid, time, rows, columns, -1)
