@@ -22,7 +22,7 @@ from wan_grpc.domain.variants import Expert
 from wan_grpc.pipeline.image_encoder import ImageEncoder
 from wan_grpc.pipeline.text import TextEncoder
 from wan_grpc.pipeline.tokenizer import END, PAD, UNKNOWN, byte_tokenizer
-from wan_grpc.pipeline.transformer import WanTransformer, torch_attention
+from wan_grpc.pipeline.transformer import WanTransformer, here, torch_attention
 from wan_grpc.pipeline.video import VideoPipeline
 
 IMAGE_DIM = 24
@@ -110,7 +110,7 @@ def ours(theirs: WanPipeline | WanImageToVideoPipeline) -> VideoPipeline:
 def our_transformer(theirs: WanTransformer3DModel) -> WanTransformer:
     transformer = WanTransformer.from_config(theirs.config).to(theirs.device).eval()
     transformer.load_state_dict(theirs.state_dict())
-    transformer.set_attention(torch_attention)
+    transformer.set_attention(here(torch_attention))
     return transformer
 
 

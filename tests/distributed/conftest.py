@@ -20,7 +20,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _forkserver() -> None:
     """One that has imported what ranks need; a test of another folder may have started one that has not."""
     forkserver._forkserver._stop()  # type: ignore[attr-defined]  # what CPython's own tests use
-    prepare_forkserver()
+    prepare_forkserver("tests.distributed.faults")
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

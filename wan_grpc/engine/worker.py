@@ -40,6 +40,9 @@ from wan_grpc.parallel.cfg import PassSplit
 from wan_grpc.parallel.group import ExchangeBrokenError
 from wan_grpc.parallel.mesh import Agreed, Mesh, PeersLostError, join
 from wan_grpc.parallel.sequence import SequenceSplit
+from wan_grpc.parallel.tensor import split_text_model
+from wan_grpc.parallel.text import TextSplit
+from wan_grpc.parallel.vae import split_vae
 from wan_grpc.pipeline import device as devices
 from wan_grpc.pipeline.load import DTYPES, load
 from wan_grpc.pipeline.video import VideoPipeline
@@ -154,13 +157,17 @@ def _prepare(config: RankConfig) -> tuple[Mesh, VideoPipeline]:
     return mesh, pipeline
 
 
-def divide(pipeline: VideoPipeline, mesh: Mesh, attention: Attention) -> None:
+def divide(pipeline: VideoPipeline, mesh: Mesh, attention: Attention, *, num_parts: int = 1) -> None:
     """Let the ranks of `mesh` compute each video together. With one rank every part is the whole."""
-    sequence = SequenceSplit(mesh, attention.function, attention.with_lse)
+    sequence = SequenceSplit(mesh, attention.function, attention.with_lse, num_parts=num_parts)
     for transformer in pipeline.transformers.values():
         transformer.set_attention(sequence.attend)
         transformer.token_split = sequence
     pipeline.run_passes = PassSplit(mesh, sequence)
+    split_text_model(pipeline.text_encoder.model, mesh)
+    pipeline.text_encoder.spread = TextSplit(mesh, pipeline.text_encoder.blank)
+    pipeline.strips = split_vae(pipeline.vae, mesh)
+    pipeline.free_memory()
 
 
 def _ready(rank: int, pipeline: VideoPipeline) -> Ready:
@@ -300,6 +307,7 @@ class RankRun:
         """Links that may be broken or half used are given up and made anew; the weights stay."""
         self._mesh.drop()
         self._mesh.build()
+        self._pipeline.text_encoder.forget()  # some ranks may remember what others have not heard
 
     def _compute(self) -> None:
         slices = self._pipeline.generate(self._order.video, frames=self._order.frames, on_step=self._finish_step)

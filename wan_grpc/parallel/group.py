@@ -34,15 +34,20 @@ def exchanging() -> Iterator[None]:
 class Pending:
     """An exchange that is under way; its inputs must stay as they are, and its outputs be left alone, until `wait`."""
 
-    def __init__(self, works: Sequence[Any], timed: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self, works: Sequence[Any], timed: Callable[[], AbstractContextManager[None]], *, keep: Sequence[Any] = ()
+    ) -> None:
+        """keep: what holds inputs that nobody else does."""
         self._works = works
         self._timed = timed
+        self._keep = keep
 
     def wait(self) -> None:
         """On a GPU the current stream waits, not the host."""
         with self._timed(), exchanging():
             for work in self._works:
                 work.wait()
+        self._keep = ()
 
 
 class Group:
@@ -52,12 +57,17 @@ class Group:
         ExchangeBrokenError: from any of them.
     """
 
-    def __init__(self, ranks: tuple[int, ...], rank: int, handle: Any, meter: Meter) -> None:
-        """ranks: by their numbers in the world. handle: torch's group; None for a rank alone."""
+    def __init__(self, ranks: tuple[int, ...], rank: int, links: Any, meter: Meter) -> None:
+        """ranks: by their numbers in the world. links: torch's group; None for a rank alone."""
         self.ranks = ranks
         self.index = ranks.index(rank)
-        self._handle = handle
+        self._links = links
         self._meter = meter
+
+    @property
+    def _open_links(self) -> Any:
+        assert self._links is not None, f"the links between ranks {self.ranks} are closed"  # torch would take the world
+        return self._links
 
     @property
     def size(self) -> int:
@@ -76,7 +86,9 @@ class Group:
         """
         self._count(kind, parts, sum(sent) - sent[self.index])
         with exchanging():
-            work = dist.all_to_all_single(into, parts, list(received), list(sent), group=self._handle, async_op=True)
+            work = dist.all_to_all_single(
+                into, parts, list(received), list(sent), group=self._open_links, async_op=True
+            )
         return Pending([work], lambda: self._meter.timing(kind))
 
     def all_gather(self, part: torch.Tensor, *, sizes: Sequence[int], kind: Exchange) -> torch.Tensor:
@@ -91,7 +103,7 @@ class Group:
         result = part.new_empty((self.size * most, *part.shape[1:]))
         self._count(kind, padded, padded.shape[0], times=self.size - 1)
         with self._meter.timing(kind), exchanging():
-            _all_gather(result, padded, group=self._handle)
+            _all_gather(result, padded, group=self._open_links)
         if len(set(sizes)) == 1:
             return result
         return torch.cat([result[i * most : i * most + size] for i, size in enumerate(sizes)])
@@ -102,38 +114,53 @@ class Group:
         All contiguous, and of the same shapes at both ends of each link.
         """
         following, previous = self.ranks[(self.index + 1) % self.size], self.ranks[self.index - 1]
-        sends = [dist.P2POp(dist.isend, tensor, following, self._handle) for tensor in mine if tensor.numel()]
-        receives = [dist.P2POp(dist.irecv, tensor, previous, self._handle) for tensor in into if tensor.numel()]
+        sends = [dist.P2POp(dist.isend, tensor, following, self._open_links) for tensor in mine if tensor.numel()]
+        receives = [dist.P2POp(dist.irecv, tensor, previous, self._open_links) for tensor in into if tensor.numel()]
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in mine)
         return self._send_and_receive([*sends, *receives], kind, num_bytes)
 
-    def swap_edges(
-        self, to_previous: torch.Tensor, to_next: torch.Tensor, *, kind: Exchange
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def begin_swap_edges(
+        self, to_previous: torch.Tensor, to_next: torch.Tensor | None, *, kind: Exchange
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Pending]:
         """What the rank before sends to its next, and the rank after to its previous; None at the ends of the line.
 
-        Both tensors have the shape of what comes back, on every rank.
+        Both tensors have the shape of what comes back, on every rank. Without `to_next` nothing goes that way.
         """
-        from_previous = from_next = None
-        operations, num_bytes = [], 0
+        previous = self.ranks[self.index - 1] if self.index > 0 else None
+        following = self.ranks[self.index + 1] if self.index + 1 < self.size else None
+        from_previous = None if previous is None or to_next is None else _blank(to_next)
+        from_next = None if following is None else _blank(to_previous)
+        exchanges = [
+            (dist.isend, to_previous, previous),
+            (dist.irecv, from_previous, previous),
+            (dist.isend, to_next, following),
+            (dist.irecv, from_next, following),
+        ]
+        operations = [
+            dist.P2POp(action, tensor.contiguous(), peer, self._open_links)
+            for action, tensor, peer in exchanges
+            if tensor is not None and peer is not None
+        ]
+        num_bytes = sum(_num_bytes(operation.tensor) for operation in operations if operation.op is dist.isend)
+        return from_previous, from_next, self._send_and_receive(operations, kind, num_bytes)
+
+    def gather(self, part: torch.Tensor, *, sizes: Sequence[int], dim: int, kind: Exchange) -> torch.Tensor | None:
+        """The parts of all ranks joined along `dim`, of which they have `sizes`, on the first; None on the others."""
+        if self.size == 1:
+            return part
+        part = part.contiguous()
         if self.index > 0:
-            from_previous = torch.empty_like(to_previous, memory_format=torch.contiguous_format)
-            peer = self.ranks[self.index - 1]
-            operations += [
-                dist.P2POp(dist.isend, to_previous.contiguous(), peer, self._handle),
-                dist.P2POp(dist.irecv, from_previous, peer, self._handle),
-            ]
-            num_bytes += to_previous.numel() * to_previous.element_size()
-        if self.index + 1 < self.size:
-            from_next = torch.empty_like(to_next, memory_format=torch.contiguous_format)
-            peer = self.ranks[self.index + 1]
-            operations += [
-                dist.P2POp(dist.isend, to_next.contiguous(), peer, self._handle),
-                dist.P2POp(dist.irecv, from_next, peer, self._handle),
-            ]
-            num_bytes += to_next.numel() * to_next.element_size()
-        self._send_and_receive(operations, kind, num_bytes).wait()
-        return from_previous, from_next
+            send = dist.P2POp(dist.isend, part, self.ranks[0], self._open_links)
+            self._send_and_receive([send], kind, _num_bytes(part)).wait()
+            return None
+        shapes = [(*part.shape[:dim], size, *part.shape[dim + 1 :]) for size in sizes]
+        parts = [part, *(part.new_empty(shape) for shape in shapes[1:])]
+        receives = [
+            dist.P2POp(dist.irecv, other, peer, self._open_links)
+            for other, peer in zip(parts[1:], self.ranks[1:], strict=True)
+        ]
+        self._send_and_receive(receives, kind, 0).wait()
+        return torch.cat(parts, dim)
 
     def broadcast(self, tensor: torch.Tensor, *, source: int, kind: Exchange) -> torch.Tensor:
         """Fill `tensor` with that of the rank at index `source`."""
@@ -141,7 +168,7 @@ class Group:
             if self.index == source:
                 self._count(kind, tensor, tensor.shape[0], times=self.size - 1)
             with self._meter.timing(kind), exchanging():
-                dist.broadcast(tensor, src=self.ranks[source], group=self._handle)
+                dist.broadcast(tensor, src=self.ranks[source], group=self._open_links)
         return tensor
 
     def add_up(self, tensor: torch.Tensor, *, kind: Exchange) -> torch.Tensor:
@@ -149,26 +176,50 @@ class Group:
         if self.size > 1:
             self._count(kind, tensor, tensor.shape[0])
             with self._meter.timing(kind), exchanging():
-                dist.all_reduce(tensor, group=self._handle)
+                dist.all_reduce(tensor, group=self._open_links)
         return tensor
+
+    def warm_up(self) -> None:
+        """Exchange something in every way, so that links which are made at their first use stand.
+
+        What waits for a link is the host, and a host is not called out of that as cleanly as a device out of a kernel.
+        """
+        if self.size == 1:
+            return
+        probe = torch.zeros(self.size, device=self.device)
+        ones = [1] * self.size
+        self.add_up(probe, kind=Exchange.TEXT)
+        self.broadcast(probe, source=0, kind=Exchange.TEXT)
+        self.all_gather(probe, sizes=[self.size] * self.size, kind=Exchange.TOKENS)
+        self.all_to_all(probe, torch.empty_like(probe), sent=ones, received=ones, kind=Exchange.ULYSSES).wait()
+        self.rotate([probe], [torch.empty_like(probe)], kind=Exchange.RING).wait()
 
     def abort(self) -> None:
         """From another thread: let whoever waits in an exchange of NCCL or RCCL come out of it."""
-        if self._handle is not None and self.device.type == "cuda":
-            self._handle.abort()
+        links = self._links
+        if links is not None and self.device.type == "cuda":
+            links.abort()
 
     def close(self) -> None:
         """Give the links up. With gloo, others that wait for this rank come out of their exchange with an error."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            dist.destroy_process_group(handle)
+        links, self._links = self._links, None
+        if links is not None:
+            dist.destroy_process_group(links)
 
     def _send_and_receive(self, operations: list[Any], kind: Exchange, num_bytes: int) -> Pending:
         self._meter.count(kind, num_bytes)
         with exchanging():
             works = dist.batch_isend_irecv(operations) if operations else []
-        return Pending(works, lambda: self._meter.timing(kind))
+        return Pending(works, lambda: self._meter.timing(kind), keep=operations)
 
     def _count(self, kind: Exchange, tensor: torch.Tensor, rows: int, *, times: int = 1) -> None:
         if tensor.shape[0]:
             self._meter.count(kind, tensor.numel() // tensor.shape[0] * rows * tensor.element_size() * times)
+
+
+def _blank(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

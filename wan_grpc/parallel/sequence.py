@@ -11,14 +11,14 @@ from wan_grpc.domain.topology import Layout, shares
 from wan_grpc.domain.traffic import Exchange
 from wan_grpc.parallel.mesh import Mesh
 from wan_grpc.parallel.ring import AttendWithLse, ring_attention
-from wan_grpc.parallel.ulysses import Attend, ulysses_attention
+from wan_grpc.parallel.ulysses import Attend, MakeStates, Ulysses
 
 
 class SequenceSplit:
     """Divides the tokens of each pass between the ranks that the layout in use gives it."""
 
     def __init__(self, mesh: Mesh, attend: Attend, attend_with_lse: AttendWithLse, *, num_parts: int = 1) -> None:
-        """num_parts: in how many parts heads are exchanged, if they fall into so many; see ulysses_attention."""
+        """num_parts: in how many parts heads are exchanged, if they fall into so many; see Ulysses."""
         self._mesh = mesh
         self._attend = attend
         self._attend_with_lse = attend_with_lse
@@ -44,25 +44,18 @@ class SequenceSplit:
         rows = group.all_gather(tokens.transpose(0, 1), sizes=self._shares, kind=Exchange.TOKENS)
         return rows.transpose(0, 1)
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention among the tokens of all ranks, for those of this one: [B, s, H, D] in and out.
+    def attend(self, query: MakeStates, key: MakeStates, value: MakeStates) -> torch.Tensor:
+        """Attention among the tokens of all ranks, for those of this one: what is made and the result are [B, s, H, D].
 
         Raises:
             ExchangeBrokenError: another rank is gone.
         """
         group = self._mesh.group(self._layout.ulysses_groups)
         if group.size == 1:
-            return self._around_the_ring(query, key, value)
+            return self._around_the_ring(query(), key(), value())
         first = self._layout.ring_index(self._mesh.rank) * group.size
-        return ulysses_attention(
-            query,
-            key,
-            value,
-            group=group,
-            shares=self._shares[first : first + group.size],
-            attend=self._around_the_ring,
-            num_parts=self._num_parts if query.shape[2] // group.size % self._num_parts == 0 else 1,
-        )
+        ulysses = Ulysses(group, self._shares[first : first + group.size], num_parts=self._num_parts)
+        return ulysses.attention(query, key, value, attend=self._around_the_ring)
 
     def _around_the_ring(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         group = self._mesh.group(self._layout.ring_groups)

@@ -1,6 +1,7 @@
 """Latents to pictures, one latent frame at a time.
 
-Knows the VAE's decoder and the features it carries from slice to slice. Memory does not grow with the video's length.
+Knows the VAE's decoder, the features it carries from slice to slice, and where somebody may divide the pictures. Memory
+does not grow with the video's length.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,34 +11,40 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, W
 
 from wan_grpc.domain.events import Progress, Stage
 from wan_grpc.pipeline.device import Stopwatch
+from wan_grpc.pipeline.strips import WHOLE, Strip, Strips
 
 
 def frames(
-    vae: AutoencoderKLWan, latents: torch.Tensor, *, on_step: Callable[[Progress], None]
+    vae: AutoencoderKLWan, latents: torch.Tensor, *, strips: Strips = WHOLE, on_step: Callable[[Progress], None]
 ) -> Iterator[torch.Tensor]:
     """The pictures of `latents` [1, C, F, h, w], in order: uint8 RGB [n, H, W, 3] on the CPU, n = 1, then 4 a slice.
 
+    n is 0 where others hand the pictures on.
     `on_step` is called before the first slice and whenever the pictures of one have arrived.
     """
     total = latents.shape[2]
+    strip = strips.of(*latents.shape[3:])
     on_step(Progress(stage=Stage.DECODE, step=0, total_steps=total))
     watch = Stopwatch(latents.device)
-    for index, pixels in enumerate(slices(vae, latents)):
-        pictures = to_pictures(pixels).cpu()
+    for index, pixels in enumerate(slices(vae, strip.cut(latents), strip)):
+        pictures = strip.join_pictures(to_pictures(pixels)).cpu()
         finished = Progress(stage=Stage.DECODE, step=index + 1, total_steps=total, step_time_s=watch.finish())
         on_step(finished)
         yield pictures
         watch = Stopwatch(latents.device)
 
 
-def slices(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+def slices(vae: AutoencoderKLWan, latents: torch.Tensor, strip: Strip = WHOLE) -> Iterator[torch.Tensor]:
     """What `vae.decode` returns for denoised `latents` [1, C, F, h, w], cut in time: [1, 3, n, H, W] in -1 to 1.
 
+    strip: what of each picture `latents` are.
     The features that one slice leaves to the next live in this iterator, so that nothing of an abandoned one stays.
     """
     features: list[torch.Tensor | str | None] = [None] * num_features(vae)
     for index in range(latents.shape[2]):
-        yield _decode_slice(vae, latents[:, :, index : index + 1], features, is_first=index == 0)
+        with strip.computing():
+            pixels = _decode_slice(vae, latents[:, :, index : index + 1], features, is_first=index == 0)
+        yield pixels
 
 
 def num_features(vae: AutoencoderKLWan) -> int:

@@ -19,8 +19,10 @@ _REPEATABLE: Final = {"MKL_CBWR": "AVX2,STRICT", "ATEN_CPU_CAPABILITY": "avx2"}
 _REPEATABLE_THREADS: Final = (1, 2, 4)
 
 
-def resolve_device(device: str, *, local_rank: int = 0) -> str:
+def resolve_device(device: str, *, local_rank: int = 0, demand: str = "") -> str:
     """The torch device that `auto`, `cuda`, `cuda:1` or `cpu` means here; `auto` is the GPU if there is one.
+
+    demand: what to say of the GPUs that are needed when there are fewer.
 
     Raises:
         UnusableModelError: a GPU is asked for that this machine does not have.
@@ -33,7 +35,8 @@ def resolve_device(device: str, *, local_rank: int = 0) -> str:
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise UnusableModelError(f"device {device} is not one of auto, cuda, cuda:N, cpu")
     if kind == "cuda" and int(index) >= torch.cuda.device_count():
-        raise UnusableModelError(f"device {device}: torch sees {torch.cuda.device_count()} GPUs here")
+        seen = f"torch sees {torch.cuda.device_count()} here"
+        raise UnusableModelError(f"{demand}, {seen}" if demand else f"there is no device {device}: {seen}")
     return device
 
 

@@ -1,12 +1,15 @@
 """Pictures to latents, one latent frame at a time.
 
-Knows the VAE's encoder and the features it carries from chunk to chunk. Memory for pictures does not grow with length.
+Knows the VAE's encoder, the features it carries from chunk to chunk, and where somebody may divide the pictures. Memory
+for pictures does not grow with length.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, patchify
+
+from wan_grpc.pipeline.strips import WHOLE, Strip
 
 
 def chunks(first: torch.Tensor, last: torch.Tensor | None, *, num_chunks: int, size: int) -> Iterator[torch.Tensor]:
@@ -23,14 +26,17 @@ def chunks(first: torch.Tensor, last: torch.Tensor | None, *, num_chunks: int, s
             yield grey
 
 
-def slices(vae: AutoencoderKLWan, pixels: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def slices(vae: AutoencoderKLWan, pixels: Iterable[torch.Tensor], strip: Strip = WHOLE) -> Iterator[torch.Tensor]:
     """What the encoder makes of each chunk of `chunks`: [1, 2C, 1, h, w].
 
+    strip: what of each picture `pixels` are.
     The features that one chunk leaves to the next live in this iterator, so that nothing of an abandoned one stays.
     """
     features: list[torch.Tensor | None] = [None] * num_features(vae)
     for chunk in pixels:
-        yield _encode_chunk(vae, chunk, features)
+        with strip.computing():
+            encoded = _encode_chunk(vae, chunk, features)
+        yield encoded
 
 
 def num_features(vae: AutoencoderKLWan) -> int:

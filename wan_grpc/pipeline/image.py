@@ -18,6 +18,7 @@ from wan_grpc.domain.request import VideoRequest
 from wan_grpc.pipeline import encode
 from wan_grpc.pipeline.device import Stopwatch
 from wan_grpc.pipeline.image_encoder import ImageEncoder
+from wan_grpc.pipeline.strips import WHOLE, Strips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +63,17 @@ class ImageConditioner:
         self._keeps_first = keeps_first
         self._image_encoder = image_encoder
 
-    def condition(self, video: VideoRequest, frames: InputFrames, *, on_step: Callable[[Progress], None]) -> Condition:
+    def condition(
+        self,
+        video: VideoRequest,
+        frames: InputFrames,
+        *,
+        strips: Strips = WHOLE,
+        on_step: Callable[[Progress], None],
+    ) -> Condition:
         """What the images of `video` fix of it; without images nothing.
 
+        strips: who encodes which part of the pictures; the latents are whole again.
         `on_step` is called before the first chunk of pictures is encoded and whenever the device has finished one.
         """
         if frames.first is None:
@@ -73,10 +82,10 @@ class ImageConditioner:
         steps = _Steps(self._num_steps(video), self._vae.device, on_step)
         embedding = self._embed(video, frames, steps)
         if self._keeps_first:
-            first = self._encode(video, frames.first, None, num_chunks=1, steps=steps)
+            first = self._encode(video, frames.first, None, num_chunks=1, strips=strips, steps=steps)
             return Condition(first=first, embedding=embedding)
         num_chunks = self._num_latent_frames(video)
-        latents = self._encode(video, frames.first, frames.last, num_chunks=num_chunks, steps=steps)
+        latents = self._encode(video, frames.first, frames.last, num_chunks=num_chunks, strips=strips, steps=steps)
         mask = self._given(latents, has_last=frames.last is not None)
         return Condition(channels=torch.cat([mask, latents], dim=1), embedding=embedding)
 
@@ -101,14 +110,19 @@ class ImageConditioner:
         return embedding
 
     def _encode(
-        self, video: VideoRequest, first: bytes, last: bytes | None, *, num_chunks: int, steps: "_Steps"
+        self, video: VideoRequest, first: bytes, last: bytes | None, *, num_chunks: int, strips: Strips, steps: "_Steps"
     ) -> torch.Tensor:
-        ends = [None if image is None else to_pixels(image, video).to(self._vae.device) for image in (first, last)]
+        factor = self._vae.config["scale_factor_spatial"]
+        strip = strips.of(video.height // factor, video.width // factor)
+        ends = [
+            None if image is None else strip.cut(to_pixels(image, video)).to(self._vae.device)
+            for image in (first, last)
+        ]
         assert ends[0] is not None
         pixels = encode.chunks(ends[0], ends[1], num_chunks=num_chunks, size=self._temporal_factor)
         encoded: list[torch.Tensor] = []
-        for part in encode.slices(self._vae, pixels):
-            encoded.append(part)
+        for part in encode.slices(self._vae, pixels, strip):
+            encoded.append(strip.join(part))
             steps.finish()
         return encode.to_latents(self._vae, encoded)
 

@@ -28,7 +28,7 @@ from wan_grpc.pipeline.image_encoder import ImageEncoder
 from wan_grpc.pipeline.layout import PREFIXES
 from wan_grpc.pipeline.text import TextEncoder, umt5
 from wan_grpc.pipeline.tokenizer import END, PAD, UNKNOWN, byte_tokenizer, read_tokenizer
-from wan_grpc.pipeline.transformer import AttentionFunction, WanTransformer, torch_attention
+from wan_grpc.pipeline.transformer import AttentionFunction, WanTransformer, here, torch_attention
 from wan_grpc.pipeline.video import VideoPipeline
 from wan_grpc.pipeline.weights import random_weights, read_weights
 
@@ -65,7 +65,7 @@ def load(
     if checkpoint.has_two_experts:
         transformers[Expert.LOW_NOISE] = builder.transformer("transformer_2", compute)
     for transformer in transformers.values():
-        transformer.set_attention(attention or torch_attention)
+        transformer.set_attention(here(attention or torch_attention))
     return VideoPipeline(
         text_encoder=TextEncoder(load_tokenizer(checkpoint), builder.text_model(compute)),
         transformers=transformers,

@@ -17,6 +17,12 @@ from wan_grpc.pipeline.text import NUM_TOKENS
 AttentionFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v) -> out, each [B, S, H, D]; S of k and v may differ from that of q. No mask, scale D ** -0.5."""
 
+MakeStates: TypeAlias = Callable[[], torch.Tensor]
+"""Computes queries, keys or values: [B, S, H, D]."""
+
+SelfAttentionFunction: TypeAlias = Callable[[MakeStates, MakeStates, MakeStates], torch.Tensor]
+"""An attention function over what computes its arguments: whoever sends one away can do so while the next is made."""
+
 RotaryEmbedding: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each [1, S, 1, D], every value standing twice."""
 
@@ -52,8 +58,8 @@ def torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 class SelfAttention:
     """Attention of the video tokens among themselves, through a function chosen elsewhere."""
 
-    def __init__(self, attention: AttentionFunction) -> None:
-        self._attention = attention
+    def __init__(self, attend: SelfAttentionFunction) -> None:
+        self._attend = attend
 
     def __call__(
         self,
@@ -65,12 +71,21 @@ class SelfAttention:
     ) -> torch.Tensor:
         """[B, S, inner_dim] in and out. The signature is that of a diffusers attention processor."""
         assert rotary_emb is not None, "self-attention needs positions"
-        query, key = (
-            rotate(norm(projection(hidden_states)).unflatten(2, (attn.heads, -1)), *rotary_emb)
-            for projection, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
+
+        def split(states: torch.Tensor) -> torch.Tensor:
+            return states.unflatten(2, (attn.heads, -1))
+
+        attended = self._attend(
+            lambda: rotate(split(attn.norm_q(attn.to_q(hidden_states))), *rotary_emb),
+            lambda: rotate(split(attn.norm_k(attn.to_k(hidden_states))), *rotary_emb),
+            lambda: split(attn.to_v(hidden_states)),
         )
-        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
-        return _project_out(attn, self._attention(query, key, value))
+        return _project_out(attn, attended)
+
+
+def here(attention: AttentionFunction) -> SelfAttentionFunction:
+    """`attention` among tokens that are all on this device."""
+    return lambda query, key, value: attention(query(), key(), value())
 
 
 class TextAttention:
@@ -128,11 +143,11 @@ class WanTransformer(WanTransformer3DModel):
         """What latents are cast to on their way in; norms and modulation stay in fp32."""
         return self.patch_embedding.weight.dtype
 
-    def set_attention(self, attention: AttentionFunction) -> None:
-        """Let self-attention of every block go through `attention`."""
+    def set_attention(self, attend: SelfAttentionFunction) -> None:
+        """Let self-attention of every block go through `attend`."""
         for block in self.blocks:
             assert isinstance(block, WanTransformerBlock)
-            block.attn1.set_processor(SelfAttention(attention))  # type: ignore[arg-type]  # its type lists diffusers' own
+            block.attn1.set_processor(SelfAttention(attend))  # type: ignore[arg-type]  # its type lists diffusers' own
             block.attn2.set_processor(TextAttention())  # type: ignore[arg-type]
 
     def predict(

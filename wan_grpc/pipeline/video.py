@@ -14,13 +14,14 @@ from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.request import VideoRequest
 from wan_grpc.domain.variants import Expert
 from wan_grpc.pipeline import decode
-from wan_grpc.pipeline.denoise import Prompts, denoise
+from wan_grpc.pipeline.denoise import Prompts, RunPasses, denoise, run_in_turn
 from wan_grpc.pipeline.device import Stopwatch
 from wan_grpc.pipeline.experts import is_guided
 from wan_grpc.pipeline.image import Condition, ImageConditioner
 from wan_grpc.pipeline.image_encoder import ImageEncoder
 from wan_grpc.pipeline.latents import draw_noise, latent_shape
 from wan_grpc.pipeline.schedule import Schedule
+from wan_grpc.pipeline.strips import WHOLE, Strips
 from wan_grpc.pipeline.text import TextEncoder
 from wan_grpc.pipeline.transformer import WanTransformer
 
@@ -53,6 +54,10 @@ class VideoPipeline:
         self.attention_name = attention_name
         self.scheduler_config = scheduler_config
         self.image_encoder = image_encoder
+        self.run_passes: RunPasses = run_in_turn
+        """Who runs the passes of a guided step; as with the other divisions, one device unless somebody divides."""
+        self.strips: Strips = WHOLE
+        """Who encodes and decodes which part of pictures."""
         self._conditioner = ImageConditioner(
             vae,
             keeps_first=expand_timesteps,
@@ -78,14 +83,14 @@ class VideoPipeline:
             raises ends the video at once; nothing of it stays behind, and the next video is not affected.
         """
         latents = self.latents(video, frames=frames, on_step=on_step)
-        yield from decode.frames(self.vae, latents, on_step=on_step)
+        yield from decode.frames(self.vae, latents, strips=self.strips, on_step=on_step)
 
     def latents(
         self, video: VideoRequest, *, frames: InputFrames = InputFrames(), on_step: Callable[[Progress], None]
     ) -> torch.Tensor:
         """The denoised latents of `video`, [1, C, F, h, w], fp32 on the device."""
         prompts = self._encode(video, on_step)
-        condition: Condition = self._conditioner.condition(video, frames, on_step=on_step)
+        condition: Condition = self._conditioner.condition(video, frames, strips=self.strips, on_step=on_step)
         schedule = Schedule(
             self.scheduler_config,
             flow_shift=video.flow_shift,
@@ -100,6 +105,7 @@ class VideoPipeline:
             schedule=schedule,
             transformers=self.transformers,
             on_step=on_step,
+            run_passes=self.run_passes,
         )
 
     def free_memory(self) -> None:
@@ -111,9 +117,10 @@ class VideoPipeline:
         wanted = [video.prompt, video.negative_prompt] if is_guided(video) else [video.prompt]
         on_step(Progress(stage=Stage.TEXT, step=0, total_steps=len(wanted)))
         embeddings: list[torch.Tensor] = []
-        for index, prompt in enumerate(wanted):
+        encoded = self.text_encoder.encode_all(wanted)
+        for index in range(len(wanted)):
             watch = Stopwatch(self.device)
-            embeddings.append(self.text_encoder.encode(prompt))
+            embeddings.append(next(encoded))
             time_s = watch.finish()
             on_step(Progress(stage=Stage.TEXT, step=index + 1, total_steps=len(wanted), step_time_s=time_s))
         return Prompts(positive=embeddings[0], negative=embeddings[1] if len(embeddings) > 1 else None)

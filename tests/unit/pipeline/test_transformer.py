@@ -9,7 +9,7 @@ from tests import tiny, tiny_images
 from wan_grpc.domain.variants import Expert
 from wan_grpc.pipeline.checkpoint import locate
 from wan_grpc.pipeline.load import load
-from wan_grpc.pipeline.transformer import WanTransformer, torch_attention
+from wan_grpc.pipeline.transformer import WanTransformer, here, torch_attention
 from wan_grpc.pipeline.video import VideoPipeline
 
 # Wide and deep enough for bf16 to round as it does in the real model.
@@ -32,7 +32,7 @@ def test_from_pretrained_gives_the_forward_of_diffusers(
     transformer = WanTransformer.from_pretrained(checkpoint_dir, subfolder="transformer_2")
     expected = reference.transformer_2(*inputs, return_dict=False)[0]
     assert tiny.relative_error(transformer(*inputs).sample, expected) < 1e-6
-    transformer.set_attention(torch_attention)
+    transformer.set_attention(here(torch_attention))
     assert tiny.relative_error(transformer.predict(*inputs), expected) < 1e-6
 
 
@@ -48,7 +48,7 @@ def test_self_attention_goes_through_the_given_function(
         return torch.zeros_like(query)
 
     transformer = WanTransformer.from_pretrained(checkpoint_dir, subfolder="transformer")
-    transformer.set_attention(blind)
+    transformer.set_attention(here(blind))
     changed = transformer.predict(*inputs)
     assert shapes == [(torch.Size([1, 3 * 4 * 5, 2, 12]),) * 3] * 2
     assert not torch.equal(changed, pipeline.transformers[Expert.HIGH_NOISE].predict(*inputs))
@@ -93,7 +93,9 @@ def test_caches_around_the_blocks_take_hold(
     """Blocks are called as diffusers calls them: its first-block cache skips the others on a repeated input."""
     transformer = WanTransformer.from_pretrained(checkpoint_dir, subfolder="transformer")
     calls: list[str] = []
-    transformer.set_attention(lambda query, key, value: (calls.append("block"), torch_attention(query, key, value))[1])
+    transformer.set_attention(
+        here(lambda query, key, value: (calls.append("block"), torch_attention(query, key, value))[1])
+    )
     transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
     with transformer.cache_context("cond"):
         first, again = (transformer.predict(*inputs) for _ in range(2))

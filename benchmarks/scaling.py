@@ -1,0 +1,262 @@
+"""One step, one decode and one text on many ranks against one rank, in one run on one machine: time, error, exchanges.
+
+    python benchmarks/scaling.py --num-gpus 2 --width 1280 --height 720 --out results.json
+
+Random weights of one A14B expert, the VAE and the text encoder (no files needed); the same random inputs everywhere.
+Every rank is a process of its own. `--device cpu --model-path DIR` does the same with gloo and a checkpoint's shapes.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan_grpc.domain.events import Progress, Stage
+from wan_grpc.domain.topology import Topology
+from wan_grpc.domain.traffic import Exchange
+from wan_grpc.domain.variants import Expert
+from wan_grpc.engine.worker import divide
+from wan_grpc.optimize.attention import choose
+from wan_grpc.parallel.mesh import Mesh, join
+from wan_grpc.pipeline import decode, device
+from wan_grpc.pipeline.checkpoint import Checkpoint, locate
+from wan_grpc.pipeline.denoise import Prompts, predict
+from wan_grpc.pipeline.experts import Choice
+from wan_grpc.pipeline.image import TEXT_ALONE
+from wan_grpc.pipeline.load import DTYPES, load
+from wan_grpc.pipeline.published import T2V_A14B_CONFIGS
+from wan_grpc.pipeline.video import VideoPipeline
+
+STEP, UNGUIDED, DECODE, TEXT = "step", "unguided", "decode", "text"
+
+
+@dataclass(kw_only=True)
+class Case:
+    """One way to divide the work, and what it came to on rank 0."""
+
+    name: str
+    topology: Topology
+    num_parts: int = 1
+    works: tuple[str, ...] = (STEP,)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    exchanges: dict[str, float] = field(default_factory=dict)
+    """Seconds in which the device of the rank waited for an exchange of this kind, and GB that the rank sent."""
+    peak_gib: float = 0.0
+
+
+def main() -> None:
+    options = read_options()
+    with tempfile.TemporaryDirectory() as directory:
+        context = get_context("spawn")
+        barrier = context.Barrier(options.num_gpus)
+        processes = [
+            context.Process(target=run_rank, args=(rank, options, directory, barrier), daemon=True)
+            for rank in range(options.num_gpus)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a rank failed")
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-gpus", type=int, default=2)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--model-path", help="a checkpoint's directory; unset: the shapes of one T2V-A14B expert")
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--height", type=int, default=720)
+    parser.add_argument("--num-frames", type=int, default=81)
+    parser.add_argument("--repeats", type=int, default=2, help="after one that warms up")
+    parser.add_argument("--only", nargs="*", help="names of cases, e.g. 'cfg 2'")
+    parser.add_argument("--works", nargs="*", default=[STEP, DECODE, TEXT], choices=[STEP, UNGUIDED, DECODE, TEXT])
+    parser.add_argument("--dtype", choices=sorted(DTYPES))
+    parser.add_argument("--out", help="JSON file for the full result")
+    return parser.parse_args()
+
+
+def cases(options: argparse.Namespace, num_heads: int) -> Iterator[Case]:
+    number = options.num_gpus
+    works = tuple(options.works)
+    yield Case(name="one", topology=Topology(num_heads=num_heads), works=works)
+    if number % 2 == 0:
+        rest = number // 2
+        also = (DECODE, TEXT) if number == 2 else ()
+        topology = Topology(cfg=2, ulysses=rest, num_heads=num_heads)
+        name = "cfg 2" if rest == 1 else f"cfg 2 x ulysses {rest}"
+        yield Case(name=name, topology=topology, works=tuple(w for w in works if w in (STEP, UNGUIDED, *also)))
+    sequence = tuple(w for w in works if w in (STEP, UNGUIDED))
+    for parts in (1, 2, 4):
+        topology = Topology(ulysses=number, num_heads=num_heads)
+        name = f"ulysses {number}" + (f" in {parts} parts" if parts > 1 else "")
+        yield Case(name=name, topology=topology, num_parts=parts, works=sequence)
+    yield Case(name=f"ring {number}", topology=Topology(ring=number, num_heads=num_heads), works=sequence)
+    if TEXT in works:
+        topology = Topology(ring=number, text_tensor=number, num_heads=num_heads)
+        yield Case(name=f"text tensor {number}", topology=topology, works=(TEXT,))  # last: it cuts the encoder
+
+
+def run_rank(rank: int, options: argparse.Namespace, directory: str, barrier: Any) -> None:
+    where = torch.device(device.resolve_device(options.device, local_rank=rank))
+    device.make_repeatable(str(where), num_threads=1)
+    dtype = options.dtype or ("float32" if where.type == "cpu" else "bfloat16")
+    checkpoint = find_checkpoint(options.model_path, Path(directory) / f"model{rank}")
+    pipeline = load(checkpoint, device=str(where), dtype=dtype, load_format="dummy")
+    wanted: dict[str, torch.Tensor] = {}
+    done = []
+    for case in cases(options, pipeline.transformers[Expert.HIGH_NOISE].config["num_attention_heads"]):
+        if options.only and case.name not in ("one", *options.only):
+            continue
+        if rank < case.topology.world_size and case.works:
+            mesh = join(case.topology, rank, device=where, store_path=f"{directory}/{case.name}")
+            attention = choose("auto", device=where, dtype=DTYPES[dtype])
+            divide(pipeline, mesh, attention, num_parts=case.num_parts)
+            measure(case, pipeline, mesh, options, wanted)
+            mesh.drop()
+            mesh.leave()
+            done.append(case)
+            if rank == 0:
+                print(f"{case.name}: {case.seconds} error {case.error}", flush=True)
+        barrier.wait()
+    if rank == 0:
+        report(done, pipeline, options)
+
+
+def find_checkpoint(model_path: str | None, directory: Path) -> Checkpoint:
+    """The checkpoint at `model_path`, or the shapes of T2V-A14B with one expert, which leave room on an 80 GB card."""
+    if model_path is not None:
+        return locate(model_path, load_format="dummy")
+    for name, config in T2V_A14B_CONFIGS.items():
+        if name.startswith("transformer_2"):
+            continue
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {key: value for key, value in config.items() if key not in ("transformer_2", "boundary_ratio")}
+        path.write_text(json.dumps(kept), encoding="utf-8")
+    return locate(str(directory), load_format="dummy")
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+def measure(
+    case: Case, pipeline: VideoPipeline, mesh: Mesh, options: argparse.Namespace, wanted: dict[str, torch.Tensor]
+) -> None:
+    works = {
+        STEP: lambda: step(pipeline, options, is_guided=True),
+        UNGUIDED: lambda: step(pipeline, options, is_guided=False),
+        DECODE: lambda: pictures(pipeline, options),
+        TEXT: lambda: texts(pipeline),
+    }
+    device.reset_peak(pipeline.device)
+    traffic: Counter[str] = Counter()
+    for name in case.works:
+        result = works[name]()  # warms up
+        mesh.meter.reset()
+        case.seconds[name] = []
+        for _ in range(options.repeats):
+            mesh.world.add_up(torch.zeros(1, device=pipeline.device), kind=Exchange.TEXT)  # all begin together
+            device.synchronize(pipeline.device)
+            began = time.perf_counter()
+            result = works[name]()
+            device.synchronize(pipeline.device)
+            case.seconds[name].append(round(time.perf_counter() - began, 4))
+        for entry in mesh.meter.take():
+            traffic[f"{name}: {entry.kind} s"] += round(entry.seconds / options.repeats, 4)
+            traffic[f"{name}: {entry.kind} GB"] += round(entry.sent_bytes / options.repeats / 1e9, 3)
+        if mesh.is_first:
+            wanted.setdefault(name, result.cpu())
+            case.error[name] = error(result.cpu(), wanted[name])
+    case.exchanges = dict(traffic)
+    case.peak_gib = round(device.peak_bytes(pipeline.device) / 2**30, 2)
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 distance, or for pictures the largest difference of a sample."""
+    if result.dtype == torch.uint8:
+        return float((result.int() - expected.int()).abs().max())
+    return float((result.double() - expected.double()).norm() / expected.double().norm())
+
+
+def noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def latent_shape(pipeline: VideoPipeline, options: argparse.Namespace) -> tuple[int, ...]:
+    config = pipeline.vae.config
+    factor = config["scale_factor_spatial"]
+    frames = (options.num_frames - 1) // config["scale_factor_temporal"] + 1
+    return (1, config["z_dim"], frames, options.height // factor, options.width // factor)
+
+
+@torch.no_grad()
+def step(pipeline: VideoPipeline, options: argparse.Namespace, *, is_guided: bool) -> torch.Tensor:
+    expert = pipeline.transformers[Expert.HIGH_NOISE]
+    texts = [noise((1, 512, expert.config["text_dim"]), seed).to(pipeline.device, expert.dtype) for seed in (1, 2)]
+    return predict(
+        expert,
+        noise(latent_shape(pipeline, options), 0).to(pipeline.device),
+        torch.tensor(900, device=pipeline.device),
+        prompts=Prompts(positive=texts[0], negative=texts[1]),
+        condition=TEXT_ALONE,
+        choice=Choice(expert=Expert.HIGH_NOISE, guidance_scale=4.0, is_guided=is_guided),
+        run_passes=pipeline.run_passes,
+    )
+
+
+def pictures(pipeline: VideoPipeline, options: argparse.Namespace) -> torch.Tensor:
+    latents = noise(latent_shape(pipeline, options), 3).to(pipeline.device)
+    frames = decode.frames(pipeline.vae, latents, on_step=ignore, **strips_of(pipeline))
+    return torch.cat(list(frames))
+
+
+def strips_of(pipeline: VideoPipeline) -> dict[str, Any]:
+    return {"strips": pipeline.strips}
+
+
+def texts(pipeline: VideoPipeline) -> torch.Tensor:
+    pipeline.text_encoder.forget()
+    prompts = ["A curious raccoon looks out of a hollow tree. " * 20, "blurry " * 50]
+    return torch.cat([part.float() for part in pipeline.text_encoder.encode_all(prompts)])
+
+
+def ignore(progress: Progress) -> None:
+    assert progress.stage is Stage.DECODE
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+
+def report(done: list[Case], pipeline: VideoPipeline, options: argparse.Namespace) -> None:
+    one = done[0]
+    name = device.describe_device(pipeline.device)
+    shape = f"{options.width}x{options.height}x{options.num_frames}"
+    print(f"\n{options.num_gpus} x {name}, torch {torch.__version__}, {pipeline.dtype_name}, {shape}")
+    print(f"{'case':24} {'work':9} {'median s':>9} {'speed-up':>9} {'error':>9}  {'peak GiB':>8}  exchanges on rank 0")
+    for case in done:
+        for work, seconds in case.seconds.items():
+            ratio = statistics.median(one.seconds[work]) / statistics.median(seconds)
+            waits = [
+                f"{key.partition(': ')[2]} {value:g}" for key, value in case.exchanges.items() if key.startswith(work)
+            ]
+            figures = f"{statistics.median(seconds):9.3f} {ratio:9.3f} {case.error[work]:9.2e}  {case.peak_gib:8.1f}"
+            print(f"{case.name:24} {work:9} {figures}  {', '.join(waits)}")
+    if options.out:
+        result = {"device": name, "torch": torch.__version__, "video": shape, "cases": [asdict(case) for case in done]}
+        Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
