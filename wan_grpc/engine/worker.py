@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 
 import structlog
@@ -300,7 +300,8 @@ class RankRun:
         structlog.get_logger().exception("generation failed on this rank")
         word = OUT_OF_MEMORY if devices.is_out_of_memory(error) else FAIL
         failed = RankFailed(generation=self._order.generation, rank=self._mesh.rank, failure=_FAILURES[word])
-        self._outlet.send(failed)
+        with suppress(OSError):  # a server that is gone, which the lifeline takes care of
+            self._outlet.send(failed)
         return word
 
     def _recover(self) -> None:

@@ -1,7 +1,7 @@
 """The rank loop with ranks that are threads, a pipeline that does what a test says, and the test as the server."""
 
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,12 +18,14 @@ from wan_grpc.domain.errors import Failure, Reason
 from wan_grpc.domain.events import Progress, Stage
 from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.request import VideoRequest, resolve
+from wan_grpc.domain.traffic import Exchange, RankTime, Traffic
 from wan_grpc.engine import messages, worker
 from wan_grpc.engine.messages import (
     Cancel,
     FrameReady,
     FromRank,
     MemoryUse,
+    RankFailed,
     Run,
     RunEnded,
     SlotFreed,
@@ -32,8 +34,10 @@ from wan_grpc.engine.messages import (
     ToRank,
 )
 from wan_grpc.engine.shared import FrameRing, anonymous_file
-from wan_grpc.engine.worker import Outlet, RankRun
-from wan_grpc.parallel.mesh import PeersLostError
+from wan_grpc.engine.worker import Alarm, Outlet, RankRun
+from wan_grpc.parallel.group import ExchangeBrokenError
+from wan_grpc.parallel.mesh import Agreed, PeersLostError
+from wan_grpc.parallel.meter import Meter
 
 VIDEO = resolve(ask(), CARD, fallback_seed=0)
 STEPS = list(steps_of(VIDEO))
@@ -68,22 +72,46 @@ class Seat:
         self._lost_at = lost_at
         self.rank = rank
         self.words: list[int] = []
+        self.links: list[str] = []
+        """What became of the links for data."""
+        self.aborted = threading.Event()
+        self.meter = Meter(torch.device("cpu"))
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def agree(self, word: int) -> int:
+    def agree(self, word: int, *, seconds: float = 0.0, waited_s: float = 0.0) -> Agreed:
         if self._lost_at == len(self.words):
             raise PeersLostError("connection closed by peer")
         self.words.append(word)
-        return max(self._table.exchange(self.rank, word))  # type: ignore[type-var, return-value]
+        said = self._table.exchange(self.rank, (word, RankTime(seconds=seconds, waited_s=waited_s)))
+        return Agreed(word=max(each[0] for each in said), times=tuple(each[1] for each in said))  # type: ignore[index]
 
     def share(self, payload: bytes | None) -> bytes:
         return self._table.exchange(self.rank, payload)[0]  # type: ignore[return-value]
 
-    def gather(self, value: int) -> tuple[int, ...]:
-        return tuple(self._table.exchange(self.rank, value))  # type: ignore[arg-type]
+    def gather(self, payload: bytes) -> tuple[bytes, ...]:
+        return tuple(self._table.exchange(self.rank, payload))  # type: ignore[arg-type]
+
+    def drop(self) -> None:
+        self.links.append("dropped")
+
+    def build(self) -> None:
+        self.links.append("built")
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+class Memory:
+    """A text encoder that counts how often it was told to forget."""
+
+    def __init__(self) -> None:
+        self.num_forgotten = 0
+
+    def forget(self) -> None:
+        self.num_forgotten += 1
 
 
 class ScriptedPipeline:
@@ -91,6 +119,7 @@ class ScriptedPipeline:
 
     def __init__(self, error: BaseException | None = None, error_at: int = 0) -> None:
         self.device = torch.device("cpu")
+        self.text_encoder = Memory()
         self.num_freed = 0
         self.is_closed = False
         self._error = error
@@ -182,18 +211,34 @@ def logs() -> Iterator[list[MutableMapping[str, Any]]]:
         yield logs
 
 
+class Told:
+    """The outlet of a rank other than the first, which only ever tells of failures."""
+
+    def __init__(self) -> None:
+        self.said: list[FromRank] = []
+
+    def send(self, message: FromRank) -> None:
+        self.said.append(message)
+
+
 @contextmanager
 def running(
-    server: Server, *pipelines: ScriptedPipeline, order: Run = ORDER, lost_at: int | None = None
+    server: Server,
+    *pipelines: ScriptedPipeline,
+    order: Run = ORDER,
+    lost_at: int | None = None,
+    others: Told | None = None,
+    alarms: Sequence[Alarm] = (),
 ) -> Iterator[tuple[list[Future[RunEnded]], list[Seat]]]:
-    """One rank a pipeline, each on a thread; rank 0 speaks to `server`, the others have nobody to speak to."""
+    """One rank a pipeline, each on a thread; rank 0 speaks to `server`, the others to `others`."""
     table = Table(len(pipelines))
     seats = [Seat(table, rank, lost_at) for rank in range(len(pipelines))]
-    outlets = [server.outlet, *(None for _ in pipelines[1:])]
+    outlets = [server.outlet, *(others or Told() for _ in pipelines[1:])]
+    alarms = alarms or [Alarm() for _ in pipelines]
     with ThreadPoolExecutor(len(pipelines)) as threads:
         runs = [
-            RankRun(seat, pipeline, outlet, order)  # type: ignore[arg-type]
-            for seat, pipeline, outlet in zip(seats, pipelines, outlets, strict=True)
+            RankRun(seat, pipeline, outlet, order, alarm)  # type: ignore[arg-type]
+            for seat, pipeline, outlet, alarm in zip(seats, pipelines, outlets, alarms, strict=True)
         ]
         yield [threads.submit(run.to_end) for run in runs], seats
 
@@ -216,7 +261,36 @@ def test_ranks_run_a_video_in_step(server: Server) -> None:
     assert [type(message) for message in said[-7:]] == [StepDone, FrameReady, StepDone, *[FrameReady] * 4]
     assert [server.picture(slot) for slot in slots] == [frame(VIDEO, index) for index in range(5)]
     assert [seat.words for seat in seats] == [[worker.GO] * (len(STEPS) + 1)] * 2
+    assert [seat.links for seat in seats] == [[], []]
     assert [(pipeline.is_closed, pipeline.num_freed) for pipeline in pipelines] == [(True, 1)] * 2
+
+
+def test_each_step_is_told_with_the_time_of_every_rank(server: Server) -> None:
+    """A step's time on each rank, and how much of it that rank waited; a stage that begins has none."""
+
+    seated = threading.Event()
+
+    class Waiting(ScriptedPipeline):
+        def _maybe_raise(self, index: int) -> None:
+            assert seated.wait(10.0)
+            if index < len(STEPS) and STEPS[index].step:
+                with seats[1].meter.timing(Exchange.RING):
+                    pass
+                seats[1].meter.count(Exchange.RING, 10)
+
+    with running(server, ScriptedPipeline(), Waiting()) as (futures, seats):
+        seated.set()
+        first, _ = ends(futures)
+    told = [message for message in server.rest() if isinstance(message, StepDone)]
+    for message in told:
+        if message.progress.step == 0:
+            assert message.times == ()
+        else:
+            assert [time.seconds for time in message.times] == [message.progress.step_time_s] * 2
+            assert message.times[0].waited_s == 0.0 < message.times[1].waited_s < 0.1
+    (none, (traffic,)) = first.traffic
+    assert (none, traffic.kind, traffic.sent_bytes) == ((), Exchange.RING, 10 * sum(step.step > 0 for step in STEPS))
+    assert isinstance(traffic, Traffic) and traffic.seconds > 0.0
 
 
 @pytest.mark.parametrize("error_at", range(len(STEPS) + 1))
@@ -224,18 +298,69 @@ def test_ranks_run_a_video_in_step(server: Server) -> None:
 def test_an_error_on_one_rank_ends_the_run_on_both(
     server: Server, logs: list[MutableMapping[str, Any]], broken: int, error_at: int
 ) -> None:
-    """Wherever one rank fails, both leave there with one agreed failure, and none says a word more than the other."""
+    """Wherever one rank fails, it tells so itself and both leave there, with new links; none says a word more."""
     pipelines = [ScriptedPipeline(), ScriptedPipeline()]
     pipelines[broken] = ScriptedPipeline(RuntimeError("secret /path"), error_at)
-    with running(server, *pipelines) as (futures, seats):
+    others = Told()
+    with running(server, *pipelines, others=others) as (futures, seats):
         first, second = ends(futures)
+    said = [*server.rest(), *others.said]
     assert first == second
     assert (first.failure, first.cancelled) == (INTERNAL, False)
-    said = [message.progress for message in server.rest() if isinstance(message, StepDone)]
-    assert said in (STEPS[:error_at], STEPS[: error_at + 1])
+    assert [message for message in said if isinstance(message, RankFailed)] == [
+        RankFailed(generation="generations/1", rank=broken, failure=INTERNAL)
+    ]
+    assert [message.progress for message in said if isinstance(message, StepDone)] == STEPS[:error_at]
     assert [len(seat.words) for seat in seats] == [error_at + 1] * 2
+    assert [seat.links[-2:] for seat in seats] == [["dropped", "built"]] * 2
+    assert seats[broken].links[0] == "dropped", "before its word, since others may wait in an exchange with it"
     assert all(pipeline.is_closed and pipeline.num_freed == 1 for pipeline in pipelines)
+    assert [pipeline.text_encoder.num_forgotten for pipeline in pipelines] == [1, 1]
     assert logs == [{"event": "generation failed on this rank", "exc_info": True, "log_level": "error"}]
+
+
+def test_a_broken_exchange_is_the_fault_of_another(server: Server, logs: list[MutableMapping[str, Any]]) -> None:
+    """A rank that is thrown out of an exchange says so, and the word of the rank that failed outranks it."""
+    others = Told()
+    pipelines = ScriptedPipeline(ExchangeBrokenError("closed"), 4), ScriptedPipeline(RuntimeError("bug"), 4)
+    with running(server, *pipelines, others=others) as (futures, seats):
+        assert [ended.failure for ended in ends(futures)] == [INTERNAL] * 2
+    assert [seat.words[-1] for seat in seats] == [worker.LOST, worker.FAIL]
+    assert not any(isinstance(message, RankFailed) for message in server.rest())
+    assert [type(message) for message in others.said] == [RankFailed]
+    assert {"event": "an exchange with other ranks broke off", "detail": "closed", "log_level": "warning"} in logs
+
+
+def test_a_link_that_breaks_by_itself(server: Server) -> None:
+    """Without any rank at fault the caller hears that it may try again."""
+    pipelines = ScriptedPipeline(ExchangeBrokenError("closed"), 4), ScriptedPipeline(ExchangeBrokenError("closed"), 4)
+    with running(server, *pipelines) as (futures, _):
+        (failure, other) = [ended.failure for ended in ends(futures)]
+    assert failure == other
+    assert failure is not None
+    assert (failure.reason, failure.retry_after_s) == (Reason.RANK_DIED, 1.0)
+
+
+def test_an_alarm_reaches_the_running_generation_alone(server: Server) -> None:
+    """The server's call aborts the exchanges of the generation that it names, and of no other before or after."""
+    alarm, seated = Alarm(), threading.Event()
+
+    class Called(ScriptedPipeline):
+        def _maybe_raise(self, index: int) -> None:
+            assert seated.wait(10.0)
+            if index == 2:
+                alarm.ring("generations/2")
+                assert not seats[0].aborted.is_set()
+                alarm.ring("generations/1")
+                assert seats[0].aborted.is_set()
+
+    alarm.ring("generations/1")
+    with running(server, Called(), alarms=[alarm]) as (futures, seats):
+        seated.set()
+        assert ends(futures)[0].failure is None
+    seats[0].aborted.clear()
+    alarm.ring("generations/1")
+    assert not seats[0].aborted.is_set()
 
 
 @pytest.mark.parametrize(
@@ -403,8 +528,8 @@ def test_the_loop_runs_orders_until_it_is_told_to_stop(server: Server) -> None:
     server.send(ORDER)
     with ThreadPoolExecutor(2) as threads:
         loops = [
-            threads.submit(worker._serve, Seat(table, rank), pipelines[rank], (server.outlet, None)[rank])  # type: ignore[arg-type]
-            for rank in range(2)
+            threads.submit(worker._serve, Seat(table, rank), pipelines[rank], outlet, Alarm())  # type: ignore[arg-type]
+            for rank, outlet in enumerate((server.outlet, Told()))
         ]
         first = take_to_end(server)
         pipelines[1]._error = RuntimeError("bug")

@@ -57,3 +57,27 @@ def test_auto_knows_the_device(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert choose("auto", device=torch.device("cuda:0"), dtype=dtype).name == expected
+
+
+@pytest.mark.parametrize("wanted", ["auto", "torch", "flash", "math"])
+@pytest.mark.parametrize("num_keys", [1, 7, 300])
+def test_every_kernel_tells_its_log_sum_exp(wanted: str, num_keys: int) -> None:
+    """The natural logarithm of the sum of exponentials of the scores, beside the result that the kernel gives anyway."""
+    attention = choose(wanted, device=CPU, dtype=torch.float32)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, length, 3, 16) for length in (20, num_keys, num_keys))
+    out, lse = attention.with_lse(query, key, value)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    torch.testing.assert_close(out, plain(query, key, value), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, scores.logsumexp(dim=-1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_formula_is_computed_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few scores fit at once, the result is the same."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, length, 2, 8) for length in (11, 5, 5))
+    attend = choose("math", device=CPU, dtype=torch.float32).with_lse
+    expected = attend(query, key, value)
+    monkeypatch.setattr("wan_grpc.optimize.attention._MATH_SCORES", 30)
+    for part, whole in zip(attend(query, key, value), expected, strict=True):
+        torch.testing.assert_close(part, whole)
