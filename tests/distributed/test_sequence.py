@@ -159,5 +159,5 @@ def test_a_ring_rank_holds_three_blocks_at_most() -> None:
             assert held == min(degree, 3) * block
         peaks[degree] = max(peak for _, _, peak in told)
     print(f"peak bytes of ring attention over {num_tokens} tokens, by degree: {peaks}")
-    assert peaks[4] < 0.6 * peaks[2]
-    assert peaks[8] < 0.6 * peaks[4]
+    assert peaks[4] < 0.65 * peaks[2], "a ring of 2 needs one room for what arrives, a longer one two"
+    assert peaks[8] < 0.55 * peaks[4]

@@ -62,7 +62,7 @@ def test_auto_knows_the_device(
 @pytest.mark.parametrize("wanted", ["auto", "torch", "flash", "math"])
 @pytest.mark.parametrize("num_keys", [1, 7, 300])
 def test_every_kernel_tells_its_log_sum_exp(wanted: str, num_keys: int) -> None:
-    """The natural logarithm of the sum of exponentials of the scores, beside the result that the kernel gives anyway."""
+    """The natural logarithm of the sum of exponentials of the scores, beside the result that the kernel gives."""
     attention = choose(wanted, device=CPU, dtype=torch.float32)
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, length, 3, 16) for length in (20, num_keys, num_keys))
