@@ -19,7 +19,7 @@ _ANSWER_S = 120.0
 
 
 class Crew:
-    """A group of ranks on the CPU that waits for functions to run."""
+    """A group of ranks that waits for functions to run."""
 
     def __init__(self, topology: Topology, pipes: list[Connection]) -> None:
         self.topology = topology
@@ -43,14 +43,14 @@ class Crew:
 
 
 @contextmanager
-def crew(topology: Topology) -> Iterator[Crew]:
-    """Ranks that have joined. They end with the block."""
+def crew(topology: Topology, *, device: str = "cpu") -> Iterator[Crew]:
+    """Ranks that have joined, on the CPU or each on a GPU of its own (`cuda`). They end with the block."""
     with tempfile.TemporaryDirectory() as directory:
         pipes, processes = [], []
         for rank in range(topology.world_size):
             ours, theirs = _context.Pipe()
             process = _context.Process(
-                target=_work, args=(topology, rank, str(Path(directory) / "store"), theirs), daemon=True
+                target=_work, args=(topology, rank, device, str(Path(directory) / "store"), theirs), daemon=True
             )
             process.start()
             theirs.close()
@@ -67,9 +67,10 @@ def crew(topology: Topology) -> Iterator[Crew]:
                 process.join()
 
 
-def _work(topology: Topology, rank: int, store_path: str, pipe: Connection) -> None:
+def _work(topology: Topology, rank: int, device: str, store_path: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    mesh: Mesh = join(topology, rank, device=torch.device("cpu"), store_path=store_path)
+    where = torch.device(device, rank if device == "cuda" else None)
+    mesh: Mesh = join(topology, rank, device=where, store_path=store_path)
     while True:
         try:
             function, arguments = pipe.recv()

@@ -289,7 +289,7 @@ def generate(mesh: Mesh) -> tuple[np.ndarray, dict[Stage, bool]]:
     sends: dict[Stage, bool] = {}
 
     def tell(step: Progress) -> None:
-        sends[step.stage] = sends.get(step.stage, False) or bool(mesh.meter.take())
+        sends[step.stage] = bool(mesh.meter.take()) or sends.get(step.stage, False)
 
     images = tiny_images.frames_of(tiny_images.picture(48, 32))
     mesh.meter.take()
