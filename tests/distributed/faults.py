@@ -3,6 +3,7 @@
 A prompt such as `FAULT denoise 1 error 3` makes rank 1 raise in the middle of the third forward pass.
 """
 
+import faulthandler
 import os
 import signal
 from collections.abc import Callable
@@ -50,10 +51,15 @@ _run = worker.RankRun.to_end
 
 def _to_end(self: worker.RankRun) -> Any:
     _planned.clear()
+    if "WAN_GRPC_TEST_STACKS" in os.environ:
+        faulthandler.dump_traceback_later(4.0)  # of ranks that do not answer
     words = self._order.video.prompt.split()
     if words[0] == "FAULT" and int(words[2]) == self._mesh.rank:
         _planned.append((words[1], words[3], int(words[4])))
-    return _run(self)
+    try:
+        return _run(self)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 worker.RankRun.to_end = _to_end  # type: ignore[method-assign]

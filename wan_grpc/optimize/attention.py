@@ -124,7 +124,7 @@ _MATH_SCORES: Final = 2**26
 def _math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Sequence[torch.Tensor]:
     """By the formula, in fp32, a run of queries at a time."""
     rows = max(1, _MATH_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
-    parts = [_math_rows(part, key, value) for part in query.split(rows, dim=2)]
+    parts = [_math_rows(part, key, value) for part in torch.split(query, rows, dim=2)]
     return [torch.cat([part[index] for part in parts], dim=2) for index in (0, 1)]
 
 

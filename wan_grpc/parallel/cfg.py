@@ -31,4 +31,4 @@ class PassSplit:
             return [run() for run in passes]
         group = self._mesh.group(layout.cfg_groups)
         mine = passes[layout.cfg_index(self._mesh.rank)]()
-        return group.all_gather(mine, sizes=[1] * group.size, kind=Exchange.CFG).split(1)
+        return torch.split(group.all_gather(mine, sizes=[1] * group.size, kind=Exchange.CFG), 1)

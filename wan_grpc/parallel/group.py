@@ -3,6 +3,7 @@
 Knows torch.distributed and the sizes of uneven parts. Does not know what the tensors mean.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ class ExchangeBrokenError(Exception):
 
 
 @contextmanager
-def exchanging() -> Iterator[None]:
+def _in_our_words() -> Iterator[None]:
     """Torch's word for a broken exchange is a RuntimeError, which running out of memory is, too."""
     try:
         yield
@@ -29,6 +30,40 @@ def exchanging() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise ExchangeBrokenError(str(error)) from error
+
+
+class Gate:
+    """Keeps an abort from falling into the middle of a call that enqueues an exchange, and further ones from following.
+
+    A kernel of NCCL that is enqueued on a communicator which is just being aborted was seen never to end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_shut = False
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """The block enqueues an exchange.
+
+        Raises:
+            ExchangeBrokenError: the gate is shut, or torch says so of the exchange.
+        """
+        with self._lock:
+            if self._is_shut:
+                raise ExchangeBrokenError("another rank has failed")
+            with _in_our_words():
+                yield
+
+    def shut(self, *, patience_s: float) -> None:
+        """From another thread. After `patience_s` whoever is passing is taken to be stuck there."""
+        got = self._lock.acquire(timeout=patience_s)
+        self._is_shut = True
+        if got:
+            self._lock.release()
+
+    def open(self) -> None:
+        self._is_shut = False
 
 
 class Pending:
@@ -44,7 +79,7 @@ class Pending:
 
     def wait(self) -> None:
         """On a GPU the current stream waits, not the host."""
-        with self._timed(), exchanging():
+        with self._timed(), _in_our_words():
             for work in self._works:
                 work.wait()
         self._keep = ()
@@ -57,12 +92,13 @@ class Group:
         ExchangeBrokenError: from any of them.
     """
 
-    def __init__(self, ranks: tuple[int, ...], rank: int, links: Any, meter: Meter) -> None:
-        """ranks: by their numbers in the world. links: torch's group; None for a rank alone."""
+    def __init__(self, ranks: tuple[int, ...], rank: int, links: Any, meter: Meter, gate: Gate) -> None:
+        """ranks: by their numbers in the world. links: torch's group; None for a rank alone. gate: of all groups."""
         self.ranks = ranks
         self.index = ranks.index(rank)
         self._links = links
         self._meter = meter
+        self._gate = gate
 
     @property
     def _open_links(self) -> Any:
@@ -85,7 +121,7 @@ class Group:
         parts: [sum(sent), ...]; into: [sum(received), ...]; contiguous.
         """
         self._count(kind, parts, sum(sent) - sent[self.index])
-        with exchanging():
+        with self._gate.passing():
             work = dist.all_to_all_single(
                 into, parts, list(received), list(sent), group=self._open_links, async_op=True
             )
@@ -102,7 +138,7 @@ class Group:
         padded = padded.contiguous()
         result = part.new_empty((self.size * most, *part.shape[1:]))
         self._count(kind, padded, padded.shape[0], times=self.size - 1)
-        with self._meter.timing(kind), exchanging():
+        with self._meter.timing(kind), self._gate.passing():
             _all_gather(result, padded, group=self._open_links)
         if len(set(sizes)) == 1:
             return result
@@ -167,7 +203,7 @@ class Group:
         if self.size > 1:
             if self.index == source:
                 self._count(kind, tensor, tensor.shape[0], times=self.size - 1)
-            with self._meter.timing(kind), exchanging():
+            with self._meter.timing(kind), self._gate.passing():
                 dist.broadcast(tensor, src=self.ranks[source], group=self._open_links)
         return tensor
 
@@ -175,7 +211,7 @@ class Group:
         """The sum of all ranks' tensors, in place."""
         if self.size > 1:
             self._count(kind, tensor, tensor.shape[0])
-            with self._meter.timing(kind), exchanging():
+            with self._meter.timing(kind), self._gate.passing():
                 dist.all_reduce(tensor, group=self._open_links)
         return tensor
 
@@ -195,9 +231,9 @@ class Group:
         self.rotate([probe], [torch.empty_like(probe)], kind=Exchange.RING).wait()
 
     def abort(self) -> None:
-        """From another thread: let whoever waits in an exchange of NCCL or RCCL come out of it."""
+        """From another thread, with the gate shut: let whoever waits in an exchange of NCCL or RCCL come out of it."""
         links = self._links
-        if links is not None and self.device.type == "cuda":
+        if links is not None:
             links.abort()
 
     def close(self) -> None:
@@ -208,7 +244,7 @@ class Group:
 
     def _send_and_receive(self, operations: list[Any], kind: Exchange, num_bytes: int) -> Pending:
         self._meter.count(kind, num_bytes)
-        with exchanging():
+        with self._gate.passing():
             works = dist.batch_isend_irecv(operations) if operations else []
         return Pending(works, lambda: self._meter.timing(kind), keep=operations)
 

@@ -5,31 +5,44 @@ Knows torch.distributed. Does not know what the ranks compute or who gives them 
 
 import gc
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, TypeAlias
+from ipaddress import ip_address
+from itertools import chain
+from typing import TYPE_CHECKING, Final, TypeAlias
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from wan_grpc.domain.topology import Layout, Topology
 from wan_grpc.domain.traffic import RankTime
-from wan_grpc.parallel.group import Group
+from wan_grpc.parallel.group import Gate, Group
 from wan_grpc.parallel.meter import Meter
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store  # torch.distributed has it, too, but not for mypy
 
 # A rank may wait for the next order for as long as nobody asks for a video. Dead and hung peers are found by the
 # executor, which watches processes and progress, and not by this timeout.
 _IDLE_TIMEOUT: Final = timedelta(days=365)
 _MICROSECONDS: Final = 1e6
+_STUCK_S: Final = 1.0
+"""Longest time that enqueueing an exchange takes while all is well."""
 _NCCL_LEAVES_IT_TO_US: Final = {
     # Torch's own watchdog would end the process; ours aborts and builds anew.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "NCCL_RUNTIME_CONNECT": "0",  # at the start, and not at the first use of each algorithm
 }
+
+_LOOPBACK: Final = "lo0" if sys.platform == "darwin" else "lo"
+_IP: Final = (socket.AF_INET, socket.AF_INET6)
 
 Partition: TypeAlias = tuple[tuple[int, ...], ...]
 """All ranks, in groups."""
@@ -56,10 +69,13 @@ class Mesh:
         PeersLostError: from any of them.
     """
 
-    def __init__(self, topology: Topology, rank: int, device: torch.device) -> None:
+    def __init__(self, topology: Topology, rank: int, device: torch.device, *, store: "Store | None" = None) -> None:
+        """store: at which the ranks met. It is kept: of one written in Python, torch keeps only the half in C++."""
+        self._store = store
         self.topology = topology
         self.rank = rank
         self.meter = Meter(device)
+        self._gate = Gate()
         self._groups: dict[Partition, Group] = {}
 
     @property
@@ -125,35 +141,45 @@ class Mesh:
 
         After `drop` it makes them anew; all ranks must have dropped theirs.
         """
-        made: dict[tuple[int, ...], Group] = {}
-        for partition in _partitions(self.topology):
-            for ranks in partition:
-                if ranks not in made:
-                    made[ranks] = self._make(ranks) if self.rank in ranks else self._make_others(ranks)
-            self._groups[partition] = next(made[ranks] for ranks in partition if self.rank in ranks)
+        self._gate.open()
+        partitions = _partitions(self.topology)
+        made = {ranks: self._make(ranks) for ranks in dict.fromkeys(chain.from_iterable(partitions))}
+        for partition in partitions:
+            self._groups[partition] = next(group for ranks in partition if (group := made[ranks]) is not None)
+        self.meter.reset()
         with _peers():
             dist.barrier()
 
-    def _make(self, ranks: tuple[int, ...]) -> Group:
-        handle = self._handle(ranks)
-        if handle is not None:
-            dist.all_reduce(torch.zeros(1, device=self.meter.device), group=handle)
-        return Group(ranks, self.rank, handle, self.meter)
-
-    def _make_others(self, ranks: tuple[int, ...]) -> Group:
-        self._handle(ranks)  # torch wants all ranks to take part
-        return Group(ranks, ranks[0], None, self.meter)
-
-    def _handle(self, ranks: tuple[int, ...]) -> object:
-        if len(ranks) == 1:
+    def _make(self, ranks: tuple[int, ...]) -> Group | None:
+        """The group of these ranks; None if this rank is not one of them. Torch wants all ranks to take part."""
+        links = None if len(ranks) == 1 else self._connect(ranks)
+        if self.rank not in ranks:
             return None
-        backend = "nccl" if self.meter.device.type == "cuda" else "gloo"  # RCCL goes by the name of NCCL
+        group = Group(ranks, self.rank, links, self.meter, self._gate)
+        group.warm_up()
+        return group
+
+    def _connect(self, ranks: tuple[int, ...]) -> object:
+        options = None
+        if self._backend == "nccl":
+            # Its kernels need few multiprocessors, but those at once, while attention would take all of them.
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         with _peers():
-            return dist.new_group(list(ranks), backend=backend, timeout=_IDLE_TIMEOUT)
+            return dist.new_group(list(ranks), backend=self._backend, timeout=_IDLE_TIMEOUT, pg_options=options)
+
+    @property
+    def _backend(self) -> str:
+        return "nccl" if self.meter.device.type == "cuda" else "gloo"  # RCCL goes by the name of NCCL
 
     def abort(self) -> None:
-        """Let this rank come out of an exchange in which it waits. From another thread, at any time."""
-        for group in list(self._groups.values()):
+        """Let this rank come out of an exchange in which it waits. From another thread, at any time.
+
+        Gloo knows no such thing, and needs none: the rank that failed has closed its links.
+        """
+        if self._backend == "gloo":
+            return
+        self._gate.shut(patience_s=_STUCK_S)
+        for group in set(self._groups.values()):
             with suppress(RuntimeError):
                 group.abort()
 
@@ -192,18 +218,46 @@ def _partitions(topology: Topology) -> tuple[Partition, ...]:
     return tuple(dict.fromkeys(wanted))
 
 
-def join(topology: Topology, rank: int, *, device: torch.device, store_path: str) -> Mesh:
-    """Meet the peers of this host at `store_path`, a file that only they can open, and take seat `rank`."""
+def join(
+    topology: Topology,
+    rank: int,
+    *,
+    device: torch.device,
+    store_path: str | None = None,
+    store: "Store | None" = None,
+    address: str | None = None,
+) -> Mesh:
+    """Meet the peers and take seat `rank`.
+
+    store_path: a file that only ranks of this host can open, at which they meet when there are no others.
+    store: at which ranks of several hosts meet.
+    address: of this host, on the network through which it reaches the others; None when there are none.
+
+    Raises:
+        ValueError: no interface of this host has that address.
+    """
     # Without a name gloo and NCCL listen on whatever address the host name resolves to, which may be a public one.
-    interface = "lo0" if sys.platform == "darwin" else "lo"
+    interface = _LOOPBACK if address is None else interface_of(address)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-    for name, value in _NCCL_LEAVES_IT_TO_US.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(_NCCL_LEAVES_IT_TO_US)  # whatever torchrun has put there
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = dist.FileStore(store_path, topology.world_size)  # type: ignore[attr-defined]  # exported at run time
+    if store is None:
+        assert store_path is not None, "there is a place to meet"
+        store = dist.FileStore(store_path, topology.world_size)  # type: ignore[attr-defined]  # exported at run time
     dist.init_process_group("gloo", store=store, rank=rank, world_size=topology.world_size, timeout=_IDLE_TIMEOUT)
-    mesh = Mesh(topology, rank, device)
+    mesh = Mesh(topology, rank, device, store=store)
     mesh.build()
     return mesh
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this host that has this address."""
+    wanted = ip_address(address)
+    if wanted.is_loopback:
+        return _LOOPBACK  # 127.0.0.2 is its own, too, and in no list
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.family in _IP and ip_address(entry.address) == wanted for entry in entries):
+            return name
+    raise ValueError(f"no network interface of this host has the address {address}")

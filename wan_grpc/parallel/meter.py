@@ -20,7 +20,7 @@ class Meter:
 
     device: torch.device
     _open: list[tuple[Exchange, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-    _seconds: Counter[Exchange] = field(default_factory=Counter)
+    _seconds: dict[Exchange, float] = field(default_factory=lambda: dict.fromkeys(Exchange, 0.0))
     _bytes: Counter[Exchange] = field(default_factory=Counter)
     _lap_s: float = 0.0
 
@@ -61,7 +61,7 @@ class Meter:
     def reset(self) -> None:
         """Forget what was measured; events of work that may never end are not waited for."""
         self._open.clear()
-        self._seconds.clear()
+        self._seconds = dict.fromkeys(Exchange, 0.0)
         self._bytes.clear()
         self._lap_s = 0.0
 

@@ -78,7 +78,7 @@ class Ulysses:
     def _put_together(self, leaving: Sequence[tuple[torch.Tensor, Pending]], out: torch.Tensor) -> torch.Tensor:
         for part, (packed, pending) in enumerate(leaving):
             pending.wait()
-            rows = packed.unflatten(0, (self._group.size, self._mine))
+            rows = packed.view(self._group.size, self._mine, *packed.shape[1:])
             self._by_rank(out)[:, :, :, part] = rows.permute(2, 1, 0, 3, 4)
         return out
 

@@ -36,7 +36,7 @@ def resolve_device(device: str, *, local_rank: int = 0, demand: str = "") -> str
         raise UnusableModelError(f"device {device} is not one of auto, cuda, cuda:N, cpu")
     if kind == "cuda" and int(index) >= torch.cuda.device_count():
         seen = f"torch sees {torch.cuda.device_count()} here"
-        raise UnusableModelError(f"{demand}, {seen}" if demand else f"there is no device {device}: {seen}")
+        raise UnusableModelError(f"there is no device {device}: {f'{demand}, ' if demand else ''}{seen}")
     return device
 
 

@@ -71,7 +71,7 @@ _TRANSFORMER: Final = {
 _VALUES: Final[Mapping[str, Mapping[str, _Value]]] = {
     "image_encoder": {"hidden_size": _count(768), "image_size": _count(224), "patch_size": _count(32)},
     "scheduler": {"flow_shift": _Value(1.0, lambda value: _is_number(value) and value > 0, "a number above 0")},
-    "text_encoder": {"d_model": _count(512)},
+    "text_encoder": {"d_ff": _count(1024), "d_model": _count(512), "num_heads": _count(6)},
     "transformer": _TRANSFORMER,
     "transformer_2": _TRANSFORMER,
     "vae": {

@@ -73,7 +73,7 @@ class SelfAttention:
         assert rotary_emb is not None, "self-attention needs positions"
 
         def split(states: torch.Tensor) -> torch.Tensor:
-            return states.unflatten(2, (attn.heads, -1))
+            return torch.unflatten(states, 2, (attn.heads, -1))
 
         attended = self._attend(
             lambda: rotate(split(attn.norm_q(attn.to_q(hidden_states))), *rotary_emb),

@@ -267,7 +267,6 @@ def test_ranks_run_a_video_in_step(server: Server) -> None:
 
 def test_each_step_is_told_with_the_time_of_every_rank(server: Server) -> None:
     """A step's time on each rank, and how much of it that rank waited; a stage that begins has none."""
-
     seated = threading.Event()
 
     class Waiting(ScriptedPipeline):

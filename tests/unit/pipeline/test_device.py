@@ -37,8 +37,8 @@ def test_a_device_is_resolved_for_its_rank(
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ("cuda", "device cuda:2: torch sees 1 GPUs here"),
-        ("cuda:1", "device cuda:1: torch sees 1 GPUs here"),
+        ("cuda", "there is no device cuda:2: torch sees 1 here"),
+        ("cuda:1", "there is no device cuda:1: torch sees 1 here"),
         ("cuda:x", "device cuda:x is not one of auto, cuda, cuda:N, cpu"),
         ("mps", "device mps is not one of auto, cuda, cuda:N, cpu"),
     ],
@@ -48,6 +48,17 @@ def test_a_device_that_is_not_there_is_refused(asked: str, sentence: str, monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UnusableModelError, match=sentence):
         devices.resolve_device(asked, local_rank=2)
+
+
+def test_a_lack_of_devices_is_told_with_what_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked for more ranks than GPUs reads his own arithmetic beside what there is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    demand = "--num-gpus 4 needs 4 GPUs (2 replicas of cfg 2)"
+    with pytest.raises(UnusableModelError) as raised:
+        devices.resolve_device("auto", local_rank=3, demand=demand)
+    sentence = "there is no device cuda:3: --num-gpus 4 needs 4 GPUs (2 replicas of cfg 2), torch sees 2 here"
+    assert str(raised.value) == sentence
 
 
 def test_the_peak_is_that_since_its_reset() -> None:
