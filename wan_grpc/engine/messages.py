@@ -16,13 +16,34 @@ from wan_grpc.domain.traffic import RankTime, Traffic
 from wan_grpc.pipeline.checkpoint import Checkpoint
 
 
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """Where ranks of several hosts meet: the server's own store, which asks for the secret."""
+
+    host: str
+    port: int
+    group: str
+    secret: bytes
+    """Never on the wire: each host has it from its own file."""
+
+    def __repr__(self) -> str:
+        return f"Head(host={self.host!r}, port={self.port}, group={self.group!r}, secret=...)"
+
+
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All that a rank is told at birth."""
 
     rank: int
     topology: Topology
     rendezvous: str
-    """Path of a file, private to this server, at which the ranks of one group meet."""
+    """Path of a file, private to this server, at which the ranks of one group meet when all are on its host."""
+    head: Head | None = None
+    """Where they meet otherwise."""
+    local_rank: int = 0
+    """Which device of its host a rank computes on."""
+    first_rank: int = 0
+    """What rank 0 of this group is called outside."""
+    demand: str = ""
+    """How many devices a host needs, and why, in a sentence; for when they are not there."""
     checkpoint: Checkpoint
     device: str
     dtype: str
@@ -90,7 +111,7 @@ class FrameReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Any rank to the server: this generation raised here, so it cannot end well. RunEnded follows when all have left."""
+    """Any rank to the server: this generation raised here. RunEnded follows when all ranks have left it."""
 
     generation: str
     rank: int

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 
 import structlog
@@ -17,6 +18,7 @@ from wan_grpc.domain.errors import Failure, Reason, UnusableModelError
 from wan_grpc.domain.events import Progress
 from wan_grpc.engine import messages
 from wan_grpc.engine.lifeline import end_with_parent
+from wan_grpc.engine.links import own_address
 from wan_grpc.engine.messages import (
     Cancel,
     FrameReady,
@@ -34,12 +36,14 @@ from wan_grpc.engine.messages import (
     StepDone,
     Stop,
 )
+from wan_grpc.engine.rendezvous import dial_store
 from wan_grpc.engine.shared import FrameRing
 from wan_grpc.optimize.attention import Attention, choose
 from wan_grpc.parallel.cfg import PassSplit
 from wan_grpc.parallel.group import ExchangeBrokenError
 from wan_grpc.parallel.mesh import Agreed, Mesh, PeersLostError, join
 from wan_grpc.parallel.sequence import SequenceSplit
+from wan_grpc.parallel.store import RelayedStore
 from wan_grpc.parallel.tensor import split_text_model
 from wan_grpc.parallel.text import TextSplit
 from wan_grpc.parallel.vae import split_vae
@@ -77,7 +81,7 @@ def main(config_bytes: bytes, pipe: Connection, lifeline: Connection, ring_fd: i
     alarm = Alarm()
     _die_with_the_server(lifeline, alarm)
     logs.configure(level=config.log_level, log_format=config.log_format)
-    structlog.contextvars.bind_contextvars(rank=config.rank)
+    structlog.contextvars.bind_contextvars(rank=config.first_rank + config.rank)
     ring = FrameRing(ring_fd, slot_bytes=config.slot_bytes, num_slots=config.num_slots)
     os.close(ring_fd)
     try:
@@ -139,11 +143,20 @@ def _follow_lifeline(lifeline: Connection, alarm: Alarm) -> None:
         alarm.ring(messages.decode_abort(told).generation)
 
 
+def _meet(config: RankConfig, device: torch.device) -> Mesh:
+    if config.head is None:
+        return join(config.topology, config.rank, device=device, store_path=config.rendezvous)
+    dial = partial(dial_store, config.head)
+    with closing(dial()) as link:
+        address = own_address(link)
+    return join(config.topology, config.rank, device=device, store=RelayedStore(dial), address=address)
+
+
 def _prepare(config: RankConfig) -> tuple[Mesh, VideoPipeline]:
     """Meet the other ranks and load the model."""
-    device = devices.resolve_device(config.device, local_rank=config.rank)
+    device = devices.resolve_device(config.device, local_rank=config.local_rank, demand=config.demand)
     devices.make_repeatable(device, num_threads=config.cpu_threads)  # before anything is computed here
-    mesh = join(config.topology, config.rank, device=torch.device(device), store_path=config.rendezvous)
+    mesh = _meet(config, torch.device(device))
     dtype = _dtype(config.dtype, device)
     attention = choose("auto", device=torch.device(device), dtype=DTYPES[dtype])
     pipeline = load(
