@@ -27,7 +27,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     MAX_DURATION_EXCEEDED = "MAX_DURATION_EXCEEDED"
     # The server's fault.
-    RANK_DIED = "RANK_DIED"
+    RANK_DIED = "RANK_DIED"  # or hung, which comes to the same: its caller can only try again
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     STORAGE_FAILED = "STORAGE_FAILED"
     INTERNAL = "INTERNAL"

@@ -72,6 +72,10 @@ class Progress:
     """How long the device took for this step; None for step 0."""
     eta_s: float | None = None
     """Expected seconds until the video is complete; None until that can be told."""
+    slowest_rank: int | None = None
+    """The rank that worked longest for this step, waits for others not counted; None for a rank alone and step 0."""
+    slowest_rank_time_s: float | None = None
+    """How long it worked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from wan_grpc.domain.errors import Reason
 from wan_grpc.domain.events import Stage, State
 from wan_grpc.domain.topology import Topology
+from wan_grpc.domain.traffic import Exchange
 from wan_grpc.domain.variants import Expert, ModelCard
 
 
@@ -37,11 +38,13 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEnded:
-    """The device finished one denoising step."""
+    """The devices finished one denoising step."""
 
     name: str
     expert: Expert
     seconds: float
+    skew_s: float | None = None
+    """By how much the busiest rank worked longer than the least busy one; None for a rank alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,14 +95,51 @@ class RankChanged:
 
 
 class RestartCause(StrEnum):
+    """Why a group of ranks was ended, to be started again."""
+
     RANK_DIED = "rank_died"
+    """A process ended."""
+    RANK_HUNG = "rank_hung"
+    """The ranks were silent for longer than their work takes, or one of them was stopped."""
+    EXCHANGE_FAILED = "exchange_failed"
+    """A generation failed on one rank, and the others did not come out of it."""
     START_FAILED = "start_failed"
+    """It did not come to be ready."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRestarting:
     cause: RestartCause
     detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFaulted:
+    """A generation raised on a rank, which lives on."""
+
+    rank: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRecovered:
+    """The ranks can work again."""
+
+    cause: RestartCause | None
+    """What they had to be started again for; None when a rank failed and all of them left the generation alive."""
+    seconds: float
+    """Since a rank was found dead or hung, or failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchanged:
+    """What one rank exchanged with others during a generation, of one kind."""
+
+    rank: int
+    kind: Exchange
+    seconds: float
+    """That its device waited for it."""
+    sent_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +174,9 @@ Observation: TypeAlias = (
     | LoadChanged
     | RankChanged
     | GroupRestarting
+    | GroupRecovered
+    | RankFaulted
     | RankMemorySampled
+    | Exchanged
     | GroupReady
 )

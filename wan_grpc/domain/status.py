@@ -13,6 +13,8 @@ class EngineStatus:
     detail: str
     """One sentence: what the server waits for when it is not ready."""
     topology: Topology
+    """Of each replica."""
+    num_replicas: int = 1
     device: str
     """As the ranks found it, e.g. `cuda: NVIDIA H200`; empty until they have."""
     dtype: str

@@ -101,7 +101,7 @@ def _deployment(status: EngineStatus) -> model_pb2.Deployment:
     return model_pb2.Deployment(
         ready=status.ready,
         detail=status.detail,
-        topology=_topology(status.topology),
+        topology=_topology(status.topology, status.num_replicas),
         device=status.device,
         dtype=status.dtype,
         attention_backend=status.attention,
@@ -112,7 +112,13 @@ def _deployment(status: EngineStatus) -> model_pb2.Deployment:
     )
 
 
-def _topology(topology: Topology) -> model_pb2.Topology:
+def _topology(topology: Topology, num_replicas: int) -> model_pb2.Topology:
     return model_pb2.Topology(
-        world_size=topology.world_size, copies=topology.copies, cfg=1, ring=1, ulysses=1, text_tensor=1
+        world_size=topology.world_size,
+        copies=1,
+        cfg=topology.cfg,
+        ring=topology.ring,
+        ulysses=topology.ulysses,
+        text_tensor=topology.text_tensor,
+        replicas=num_replicas,
     )

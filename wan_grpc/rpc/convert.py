@@ -334,6 +334,8 @@ def to_progress(progress: Progress) -> pb.Progress:
         expert=None if progress.expert is None else EXPERTS[progress.expert],
         step_time=_maybe(to_duration, progress.step_time_s),
         eta=_maybe(to_duration, progress.eta_s),
+        slowest_rank=progress.slowest_rank,
+        slowest_rank_time=_maybe(to_duration, progress.slowest_rank_time_s),
     )
 
 

@@ -16,9 +16,11 @@ from wan_grpc.domain.observations import (
     Admitted,
     Ended,
     GroupReady,
+    GroupRecovered,
     GroupRestarting,
     Observation,
     RankChanged,
+    RankFaulted,
     Refused,
     StageEnded,
     Started,
@@ -89,12 +91,24 @@ def observe(observation: Observation) -> None:
             log.debug("stage ended", generation=name, stage=stage, seconds=round(seconds, 3))
         case Ended():
             _log_end(log, observation)
-        case RankChanged(rank=rank, up=up):
-            log.info("rank is up" if up else "rank is down", rank=rank)
-        case GroupRestarting(cause=cause, detail=detail):
-            log.error("ranks are being started again", cause=cause, detail=detail)
+        case RankChanged() | RankFaulted() | GroupRestarting() | GroupRecovered():
+            _log_ranks(log, observation)
         case GroupReady():
             _log_ready(log, observation)
+
+
+def _log_ranks(
+    log: structlog.stdlib.BoundLogger, observation: RankChanged | RankFaulted | GroupRestarting | GroupRecovered
+) -> None:
+    match observation:
+        case RankChanged(rank=rank, up=up):
+            log.info("rank is up" if up else "rank is down", rank=rank)
+        case RankFaulted(rank=rank, reason=reason):
+            log.error("a generation failed on a rank", rank=rank, reason=reason)
+        case GroupRestarting(cause=cause, detail=detail):
+            log.error("ranks are being started again", cause=cause, detail=detail)
+        case GroupRecovered(seconds=seconds):
+            log.info("ranks have recovered", recovery_s=round(seconds, 3))
 
 
 def _log_end(log: structlog.stdlib.BoundLogger, ended: Ended) -> None:

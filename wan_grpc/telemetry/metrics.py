@@ -22,17 +22,21 @@ from prometheus_client import (
 )
 
 from wan_grpc import __version__
+from wan_grpc.domain.errors import Reason
 from wan_grpc.domain.events import Stage
 from wan_grpc.domain.observations import (
     Admitted,
     BytesSent,
     Ended,
+    Exchanged,
     FramesDecoded,
     GroupReady,
+    GroupRecovered,
     GroupRestarting,
     LoadChanged,
     Observation,
     RankChanged,
+    RankFaulted,
     RankMemorySampled,
     Refused,
     RestartCause,
@@ -44,7 +48,10 @@ from wan_grpc.domain.variants import Expert
 
 STEP_BUCKETS_S: Final = (0.01, 0.03, 0.1, 0.3, 0.5, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120, 300)
 JOB_BUCKETS_S: Final = (0.1, 0.3, 1, 3, 5, 10, 20, 30, 60, 120, 180, 300, 450, 600, 900, 1200, 1800, 2700, 3600)
+SKEW_BUCKETS_S: Final = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60)
 NO_REASON: Final = "none"
+NO_RESTART: Final = "rank_failed"
+"""The cause of a recovery for which no rank had to be started again."""
 
 
 class Metrics:
@@ -66,10 +73,30 @@ class Metrics:
         self._steps = self._histogram(
             "wan_step_duration_seconds", "Device time of one denoising step.", STEP_BUCKETS_S, ["expert"]
         )
+        self._skews = self._histogram(
+            "wan_step_skew_seconds",
+            "By how much the busiest rank worked longer for a denoising step than the least busy one.",
+            SKEW_BUCKETS_S,
+        )
         self._steps_total = self._counter("wan_steps", "Denoising steps that a device finished.", ["expert"])
         self._frames = self._counter("wan_frames", "Frames decoded.")
         self._sent = self._counter("wan_sent_bytes", "Video bytes handed to watchers and downloads.")
         self._restarts = self._counter("wan_rank_restarts", "Times the ranks had to be started again.", ["cause"])
+        self._faults = self._counter(
+            "wan_rank_failures", "Generations that raised on a rank, which lived on.", ["reason"]
+        )
+        self._recoveries = self._histogram(
+            "wan_recovery_seconds",
+            "From a rank found dead or hung, or failed, until the ranks could work again.",
+            JOB_BUCKETS_S,
+            ["cause"],
+        )
+        self._exchange_s = self._counter(
+            "wan_exchange_seconds", "Time that the rank's device waited for exchanges of data.", ["kind", "rank"]
+        )
+        self._exchange_bytes = self._counter(
+            "wan_exchange_sent_bytes", "Data that the rank sent to other ranks.", ["kind", "rank"]
+        )
         self._queued = self._gauge("wan_queue_depth", "Generations that wait for the ranks.")
         self._running = self._gauge("wan_running_generations", "Generations that the ranks compute now.")
         self._watchers = self._gauge("wan_watchers", "Streams that follow a generation now.")
@@ -98,9 +125,8 @@ class Metrics:
                 pass  # counted when it ends
             case Started(wait_s=wait_s):
                 self._waits.observe(wait_s)
-            case StepEnded(expert=expert, seconds=seconds):
-                self._steps.labels(expert).observe(seconds)
-                self._steps_total.labels(expert).inc()
+            case StepEnded():
+                self._observe_step(observation)
             case StageEnded(stage=stage, seconds=seconds):
                 self._stages.labels(stage).observe(seconds)
             case FramesDecoded(count=count):
@@ -114,15 +140,33 @@ class Metrics:
                 self._queued.set(load.num_queued)
                 self._running.set(load.num_running)
                 self._watchers.set(load.num_watchers)
-            case RankChanged() | GroupRestarting() | RankMemorySampled() | GroupReady():
+            case RankChanged() | RankMemorySampled() | Exchanged() | GroupReady():
                 self._observe_ranks(observation)
+            case GroupRestarting() | GroupRecovered() | RankFaulted():
+                self._observe_trouble(observation)
 
-    def _observe_ranks(self, observation: RankChanged | GroupRestarting | RankMemorySampled | GroupReady) -> None:
+    def _observe_step(self, step: StepEnded) -> None:
+        self._steps.labels(step.expert).observe(step.seconds)
+        self._steps_total.labels(step.expert).inc()
+        if step.skew_s is not None:
+            self._skews.observe(step.skew_s)
+
+    def _observe_trouble(self, observation: GroupRestarting | GroupRecovered | RankFaulted) -> None:
+        match observation:
+            case GroupRestarting(cause=cause):
+                self._restarts.labels(cause).inc()
+            case GroupRecovered(cause=recovered_from, seconds=seconds):
+                self._recoveries.labels(recovered_from or NO_RESTART).observe(seconds)
+            case RankFaulted(reason=reason):
+                self._faults.labels(reason).inc()
+
+    def _observe_ranks(self, observation: RankChanged | RankMemorySampled | Exchanged | GroupReady) -> None:
         match observation:
             case RankChanged(rank=rank, up=up):
                 self._rank_up.labels(rank).set(up)
-            case GroupRestarting(cause=cause):
-                self._restarts.labels(cause).inc()
+            case Exchanged(rank=rank, kind=kind) as exchanged:
+                self._exchange_s.labels(kind, rank).inc(exchanged.seconds)
+                self._exchange_bytes.labels(kind, rank).inc(exchanged.sent_bytes)
             case RankMemorySampled(rank=rank, used_bytes=used, peak_bytes=peak):
                 self._rank_used.labels(rank).set(used)
                 self._rank_peak.labels(rank).set(peak)
@@ -141,6 +185,10 @@ class Metrics:
             self._stages.labels(stage)
         for cause in RestartCause:
             self._restarts.labels(cause)
+        for recovered_from in (*RestartCause, NO_RESTART):
+            self._recoveries.labels(recovered_from)
+        for reason in (Reason.INTERNAL, Reason.OUT_OF_MEMORY):
+            self._faults.labels(reason)
 
     def _show_build(self) -> None:
         build = self._gauge("wan_build_info", "Versions, in labels.", ["version", "python", "torch", "grpcio"])

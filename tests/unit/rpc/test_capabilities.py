@@ -18,7 +18,8 @@ from wan_grpc.rpc.unserved import UNSERVED_FIELDS
 STATUS = EngineStatus(
     ready=True,
     detail="ready",
-    topology=Topology(copies=2),
+    topology=Topology(cfg=2, ring=3, ulysses=4, text_tensor=6),
+    num_replicas=5,
     device="cpu",
     dtype="float32",
     attention="sdpa",
@@ -31,7 +32,15 @@ STATUS = EngineStatus(
 DEPLOYMENT = {
     "ready": True,
     "detail": "ready",
-    "topology": {"world_size": 2, "copies": 2, "cfg": 1, "ring": 1, "ulysses": 1, "text_tensor": 1},
+    "topology": {
+        "world_size": 24,
+        "copies": 1,
+        "cfg": 2,
+        "ring": 3,
+        "ulysses": 4,
+        "text_tensor": 6,
+        "replicas": 5,
+    },
     "device": "cpu",
     "dtype": "float32",
     "attention_backend": "sdpa",

@@ -86,7 +86,16 @@ RESOLVED = {
     "output_format": "OUTPUT_FORMAT_MP4_H264",
     "encoding": {"crf": 18, "pixel_format": "PIXEL_FORMAT_YUV420P"},
 }
-PROGRESS = Progress(stage=Stage.DENOISE, step=3, total_steps=40, expert=Expert.HIGH_NOISE, step_time_s=1.25, eta_s=46.0)
+PROGRESS = Progress(
+    stage=Stage.DENOISE,
+    step=3,
+    total_steps=40,
+    expert=Expert.HIGH_NOISE,
+    step_time_s=1.25,
+    eta_s=46.0,
+    slowest_rank=0,
+    slowest_rank_time_s=1.125,
+)
 PROGRESS_TOLD = {
     "stage": "STAGE_DENOISE",
     "step": 3,
@@ -94,6 +103,8 @@ PROGRESS_TOLD = {
     "expert": "EXPERT_HIGH_NOISE",
     "step_time": "1.250s",
     "eta": "46s",
+    "slowest_rank": 0,
+    "slowest_rank_time": "1.125s",
 }
 COMPLETED = Completed(
     size_bytes=2**40,

@@ -9,7 +9,16 @@ import structlog
 
 from wan_grpc.domain.errors import Reason
 from wan_grpc.domain.events import State
-from wan_grpc.domain.observations import Admitted, BytesSent, Ended, GroupRestarting, Observation, RestartCause
+from wan_grpc.domain.observations import (
+    Admitted,
+    BytesSent,
+    Ended,
+    GroupRecovered,
+    GroupRestarting,
+    Observation,
+    RankFaulted,
+    RestartCause,
+)
 from wan_grpc.telemetry import logs
 
 
@@ -75,6 +84,14 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
                 "detail": "rank 1: SIGKILL",
                 "level": "error",
             },
+        ),
+        (
+            RankFaulted(rank=1, reason=Reason.OUT_OF_MEMORY),
+            {"event": "a generation failed on a rank", "rank": 1, "reason": "OUT_OF_MEMORY", "level": "error"},
+        ),
+        (
+            GroupRecovered(cause=RestartCause.RANK_HUNG, seconds=12.3456),
+            {"event": "ranks have recovered", "recovery_s": 12.346, "level": "info"},
         ),
     ],
 )

@@ -10,12 +10,15 @@ from wan_grpc.domain.observations import (
     Admitted,
     BytesSent,
     Ended,
+    Exchanged,
     FramesDecoded,
     GroupReady,
+    GroupRecovered,
     GroupRestarting,
     LoadChanged,
     Observation,
     RankChanged,
+    RankFaulted,
     RankMemorySampled,
     Refused,
     RestartCause,
@@ -24,6 +27,7 @@ from wan_grpc.domain.observations import (
     StepEnded,
 )
 from wan_grpc.domain.topology import Topology
+from wan_grpc.domain.traffic import Exchange
 from wan_grpc.domain.variants import T2V_A14B, Expert, Limits, ModelCard, Task
 from wan_grpc.telemetry.metrics import Metrics, MetricsServer
 
@@ -35,12 +39,13 @@ CARD = ModelCard(
     limits=Limits(max_area=1, max_num_frames=1, max_inference_steps=1),
     size_multiple=16,
 )
-READY = GroupReady(card=CARD, topology=Topology(copies=2), device="cpu", dtype="float32", attention="sdpa", load_s=2.5)
+READY = GroupReady(card=CARD, topology=Topology(ulysses=2), device="cpu", dtype="float32", attention="sdpa", load_s=2.5)
 EVERYTHING: tuple[Observation, ...] = (
     Refused(reason=Reason.QUEUE_FULL),
     Admitted(name=NAME, request_id=None),
     Started(name=NAME, wait_s=2.0),
     StepEnded(name=NAME, expert=Expert.HIGH_NOISE, seconds=0.5),
+    StepEnded(name=NAME, expert=Expert.LOW_NOISE, seconds=0.75, skew_s=0.125),
     StageEnded(name=NAME, stage=Stage.DENOISE, seconds=20.0),
     FramesDecoded(count=4),
     BytesSent(count=1000),
@@ -50,6 +55,13 @@ EVERYTHING: tuple[Observation, ...] = (
     RankChanged(rank=0, up=True),
     RankChanged(rank=1, up=False),
     GroupRestarting(cause=RestartCause.RANK_DIED, detail="killed"),
+    GroupRestarting(cause=RestartCause.RANK_HUNG, detail="silent"),
+    GroupRecovered(cause=RestartCause.RANK_HUNG, seconds=30.0),
+    GroupRecovered(cause=None, seconds=2.0),
+    RankFaulted(rank=1, reason=Reason.OUT_OF_MEMORY),
+    Exchanged(rank=1, kind=Exchange.ULYSSES, seconds=0.5, sent_bytes=1000),
+    Exchanged(rank=1, kind=Exchange.ULYSSES, seconds=0.25, sent_bytes=500),
+    Exchanged(rank=0, kind=Exchange.CFG, seconds=0.125, sent_bytes=30),
     RankMemorySampled(rank=1, used_bytes=10, peak_bytes=20),
     READY,
 )
@@ -92,7 +104,12 @@ def test_every_observation_is_measured() -> None:
         "wan_stage_duration_seconds_sum{stage=denoise}": 20,
         "wan_step_duration_seconds_count{expert=high_noise}": 1,
         "wan_step_duration_seconds_sum{expert=high_noise}": 0.5,
+        "wan_step_duration_seconds_count{expert=low_noise}": 1,
+        "wan_step_duration_seconds_sum{expert=low_noise}": 0.75,
         "wan_steps_total{expert=high_noise}": 1,
+        "wan_steps_total{expert=low_noise}": 1,
+        "wan_step_skew_seconds_count{}": 1,
+        "wan_step_skew_seconds_sum{}": 0.125,
         "wan_frames_total{}": 4,
         "wan_sent_bytes_total{}": 1000,
         "wan_queue_depth{}": 3,
@@ -100,6 +117,16 @@ def test_every_observation_is_measured() -> None:
         "wan_watchers{}": 2,
         "wan_rank_up{rank=0}": 1,
         "wan_rank_restarts_total{cause=rank_died}": 1,
+        "wan_rank_restarts_total{cause=rank_hung}": 1,
+        "wan_rank_failures_total{reason=OUT_OF_MEMORY}": 1,
+        "wan_recovery_seconds_count{cause=rank_hung}": 1,
+        "wan_recovery_seconds_sum{cause=rank_hung}": 30,
+        "wan_recovery_seconds_count{cause=rank_failed}": 1,
+        "wan_recovery_seconds_sum{cause=rank_failed}": 2,
+        "wan_exchange_seconds_total{kind=ulysses,rank=1}": 0.75,
+        "wan_exchange_sent_bytes_total{kind=ulysses,rank=1}": 1500,
+        "wan_exchange_seconds_total{kind=cfg,rank=0}": 0.125,
+        "wan_exchange_sent_bytes_total{kind=cfg,rank=0}": 30,
         "wan_rank_memory_bytes{rank=1}": 10,
         "wan_rank_peak_memory_bytes{rank=1}": 20,
         "wan_model_load_seconds{}": 2.5,
