@@ -24,6 +24,7 @@ from wan_grpc.app import composed_engine
 from wan_grpc.config import ServeSettings
 from wan_grpc.domain.events import Completed, Progress, Stage
 from wan_grpc.domain.formats import OutputFormat
+from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.observations import Observation
 from wan_grpc.domain.request import GenerationRequest, VideoRequest
 from wan_grpc.domain.topology import Topology
@@ -83,7 +84,7 @@ class StandInRanks:
         pass
 
     async def run(
-        self, generation: str, video: VideoRequest, take_frame: TakeFrame
+        self, generation: str, video: VideoRequest, frames: InputFrames, take_frame: TakeFrame
     ) -> AsyncGenerator[StepDone | RunEnded, None]:
         total = video.num_inference_steps
         for step in range(total + 1):
@@ -125,7 +126,7 @@ async def stand_in_figures() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         spool = Spool(Path(directory))
         ranks: Any = StandInRanks(spool.directory)
-        engine = Engine(CARD, ranks, spool, options=EngineOptions(), observe=ignore, count_tokens=len)
+        engine = Engine(CARD, [ranks], spool, options=EngineOptions(), observe=ignore, count_tokens=len)
         await engine.start()
         async with served(engine) as stub:
             events = await events_a_second(stub)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from tests.fake_ranks import CARD, FakeExecutor, ask
+from tests.fake_ranks import CARD, MEMORY, FakeExecutor, ask
 from wan_grpc.domain.events import Chunk, Event, Failed, Generation, Progress, Record, Stage, State
 from wan_grpc.domain.observations import Observation
 from wan_grpc.domain.variants import ModelCard
@@ -126,10 +126,15 @@ def without_eta(event: Event) -> Event:
 @dataclass
 class Bench:
     engine: Engine
-    executor: FakeExecutor
+    executors: list[FakeExecutor]
     spool: Spool
     clock: Clock
     observed: list[Observation] = field(default_factory=list)
+
+    @property
+    def executor(self) -> FakeExecutor:
+        """The first, which is the only one unless a test asks for more."""
+        return self.executors[0]
 
     async def submit(self, *, watched: bool = True, **request: object) -> Generation:
         return await self.engine.submit(ask(**request), watched=watched)
@@ -148,8 +153,8 @@ class Bench:
 
     async def heard(self) -> None:
         """Return when the engine has taken in all that the ranks have said."""
-        run = self.executor.running
-        await eventually(lambda: run is None or not run.num_unheard, "what the ranks said is heard")
+        runs = [executor.running for executor in self.executors if executor.running is not None]
+        await eventually(lambda: not any(run.num_unheard for run in runs), "what the ranks said is heard")
 
     async def ended(self, name: str) -> None:
         await eventually(lambda: self.engine.get(name).state.is_final, f"the end of {name}")
@@ -175,18 +180,23 @@ async def open_bench(
     *,
     is_ready: bool = True,
     leaves_at_once: bool = True,
+    num_replicas: int = 1,
     spool: type[Spool] = Spool,
     card: ModelCard = CARD,
     **options: object,
 ) -> AsyncIterator[Bench]:
     """`options` are those of the engine."""
     made = spool(directory)
-    executor = FakeExecutor(directory, leaves_at_once=leaves_at_once)
-    executor.set_ready(is_ready)
+    executors = [
+        FakeExecutor(directory, leaves_at_once=leaves_at_once, first_rank=number * len(MEMORY))
+        for number in range(num_replicas)
+    ]
+    for executor in executors:
+        executor.set_ready(is_ready)
     observed: list[Observation] = []
     engine = Engine(
         card,
-        executor,  # type: ignore[arg-type]
+        executors,  # type: ignore[arg-type]
         made,
         options=EngineOptions(**options),  # type: ignore[arg-type]
         observe=observed.append,
@@ -195,7 +205,7 @@ async def open_bench(
     clock = Clock()
     try:
         await engine.start()
-        yield Bench(engine=engine, executor=executor, spool=made, clock=clock, observed=observed)
+        yield Bench(engine=engine, executors=executors, spool=made, clock=clock, observed=observed)
     finally:
         clock.restore()
         await engine.stop()

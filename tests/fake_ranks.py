@@ -17,7 +17,7 @@ from wan_grpc.domain.topology import Topology
 from wan_grpc.domain.variants import Defaults, Expert, Limits, ModelCard, Task
 from wan_grpc.engine.bell import Bell, rang
 from wan_grpc.engine.group import GroupPlan
-from wan_grpc.engine.messages import MemoryUse, Ready, RunEnded, StepDone
+from wan_grpc.engine.messages import MemoryUse, RankFailed, Ready, RunEnded, StepDone
 from wan_grpc.pipeline.checkpoint import Checkpoint
 
 CARD = ModelCard(
@@ -79,7 +79,9 @@ class FakeRun:
         self.video = video
         self.frames = frames
         self.is_cancelled = False
-        self.messages: asyncio.Queue[StepDone | RunEnded | ServiceError] = asyncio.Queue()
+        self.messages: asyncio.Queue[StepDone | RankFailed | RunEnded | ServiceError] = asyncio.Queue()
+        self.failure: Failure | None = None
+        """Of the rank that failed first: no step is told after it, and the run ends in nothing else."""
         self.has_ended = False
         self.num_unheard = 0
         """Steps that the engine has not dealt with yet."""
@@ -115,11 +117,19 @@ class FakeRun:
         self.end()
 
     def end(self) -> None:
-        self._close(RunEnded(generation=self.generation, memory=MEMORY))
+        self._close(RunEnded(generation=self.generation, memory=MEMORY, failure=self.failure))
 
     def leave(self) -> None:
         """End as cancelled, here."""
-        self._close(RunEnded(generation=self.generation, memory=MEMORY, cancelled=True))
+        is_cancelled = self.failure is None
+        self._close(RunEnded(generation=self.generation, memory=MEMORY, cancelled=is_cancelled, failure=self.failure))
+
+    def fail_on(self, rank: int, failure: Failure) -> None:
+        """Fail on one rank, while the others are still to leave."""
+        if self.failure is None and not self.has_ended:
+            self.failure = failure
+            self.messages.put_nowait(RankFailed(generation=self.generation, rank=rank, failure=failure))
+            self.num_unheard += 1
 
     def fail(self, failure: Failure) -> None:
         self._close(RunEnded(generation=self.generation, memory=MEMORY, failure=failure))
@@ -133,6 +143,8 @@ class FakeRun:
             self.messages.put_nowait(message)
 
     def _say(self, progress: Progress) -> None:
+        if self.failure is not None:
+            return
         self.messages.put_nowait(StepDone(progress=progress))
         self.num_unheard += 1
         if progress.stage is Stage.DECODE and progress.step:
@@ -144,9 +156,9 @@ class FakeRun:
 class FakeExecutor:
     """The executor's interface over runs that stand still until a test moves them."""
 
-    def __init__(self, directory: Path, *, leaves_at_once: bool = True) -> None:
+    def __init__(self, directory: Path, *, leaves_at_once: bool = True, first_rank: int = 0) -> None:
         self.plan = GroupPlan(
-            topology=Topology(copies=len(MEMORY)),
+            topology=Topology(ulysses=len(MEMORY)),
             checkpoint=Checkpoint(model_path="fake", directory=None),
             device="cpu",
             dtype="float32",
@@ -154,6 +166,7 @@ class FakeExecutor:
             cpu_threads=1,
             max_frame_bytes=CARD.limits.max_area * 3,
             directory=directory,
+            first_rank=first_rank,
         )
         self.leaves_at_once = leaves_at_once
         """Whether a run that is cancelled ends by itself, or at its next step."""
@@ -162,6 +175,7 @@ class FakeExecutor:
         self.ready: tuple[Ready, ...] = ()
         self.memory: tuple[MemoryUse, ...] = ()
         self.fatal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.is_unusable = False
         self.is_started = False
         self.runs: list[FakeRun] = []
         self.running: FakeRun | None = None
@@ -176,6 +190,11 @@ class FakeExecutor:
         )
         self.detail = "ready" if is_ready else "the ranks are starting"
         self.changed.ring()
+
+    def fail_to_load(self, detail: str) -> None:
+        """The model cannot be loaded by these ranks."""
+        self.is_unusable = True
+        self.give_up(detail)
 
     def kill(self, detail: str = "rank 1 was killed by SIGKILL") -> None:
         """The ranks die, and are not ready again until told so."""
@@ -206,7 +225,7 @@ class FakeExecutor:
 
     async def run(
         self, generation: str, video: VideoRequest, frames: InputFrames, take_frame: Callable[[memoryview], None]
-    ) -> AsyncGenerator[StepDone | RunEnded, None]:
+    ) -> AsyncGenerator[StepDone | RankFailed | RunEnded, None]:
         await self.wait_ready()
         assert self.running is None, "one generation at a time"
         run = self.running = FakeRun(generation, video, frames, take_frame)
@@ -225,7 +244,7 @@ class FakeExecutor:
 
     def cancel(self, generation: str) -> None:
         run = self.running
-        if run is not None and run.generation == generation:
+        if run is not None and run.generation == generation and run.failure is None:
             run.is_cancelled = True
             if self.leaves_at_once:
                 run.leave()

@@ -160,7 +160,7 @@ class FakeEngine:
         return EngineStatus(
             ready=self.ready,
             detail="as told",
-            topology=Topology(copies=2),
+            topology=Topology(cfg=2),
             device="cpu",
             dtype="float32",
             attention="sdpa",

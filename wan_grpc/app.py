@@ -17,18 +17,21 @@ from typing import IO, Final
 
 import structlog
 
-from wan_grpc.config import OFF, GenerateSettings, RankSettings, ServeSettings, UsageError
+from wan_grpc.config import OFF, GenerateSettings, RankSettings, ServeSettings, UsageError, split_address
 from wan_grpc.domain.errors import InvalidRequestError, ServiceError, UnusableModelError, Violation
 from wan_grpc.domain.events import Chunk, Completed, Event, Failed, Generation
 from wan_grpc.domain.observations import Observation
 from wan_grpc.domain.offer import offered
 from wan_grpc.domain.request import GenerationRequest, VideoRequest
-from wan_grpc.domain.topology import Topology
+from wan_grpc.domain.topology import Divisible, Topology, TopologyError, Wanted, choose_topology, group_size, in_words
 from wan_grpc.domain.variants import Limits, ModelCard
 from wan_grpc.engine.engine import Engine, EngineOptions
 from wan_grpc.engine.executor import Executor, RestartPolicy
-from wan_grpc.engine.group import GroupPlan, prepare_forkserver
+from wan_grpc.engine.group import GroupPlan, RankGroup, prepare_forkserver
 from wan_grpc.engine.intake import Intake
+from wan_grpc.engine.joining import Hosts
+from wan_grpc.engine.links import Endpoint, read_secret
+from wan_grpc.engine.watchdog import Patience
 from wan_grpc.pipeline.checkpoint import Checkpoint, locate, read_card
 from wan_grpc.pipeline.prompt import token_counter
 from wan_grpc.pipeline.tiny import ensure_tiny_model
@@ -38,8 +41,16 @@ from wan_grpc.telemetry import logs
 from wan_grpc.telemetry.metrics import Metrics, MetricsServer
 
 EMBEDDED: Final = "embedded"
-_NUM_AHEAD: Final = 2
-"""Generations that are handed to the engine together, so that the ranks compute one while the last one is encoded."""
+_NUM_AHEAD: Final = 1
+"""Generations that are handed to the engine beside those that its replicas compute: the last one may yet be encoded."""
+_TOPOLOGY_FLAGS: Final = {
+    "groups": "--replicas",
+    "cfg": "--enable-cfg-parallel",
+    "sequence": "--sp-degree",
+    "ring": "--ring-degree",
+    "ulysses": "--ulysses-degree",
+    "text_tensor": "--tp-size",
+}
 Observe = Callable[[Observation], None]
 
 log = structlog.stdlib.get_logger("wan_grpc")
@@ -111,13 +122,14 @@ async def generate(
         OSError: a directory cannot be written.
     """
     logs.configure(level=settings.log_level, log_format=settings.log_format)
-    options = EngineOptions(max_queue=_NUM_AHEAD, detach_grace_s=math.inf)
+    num_ahead = settings.replicas + _NUM_AHEAD
+    options = EngineOptions(max_queue=num_ahead, detach_grace_s=math.inf)
     async with composed_engine(settings, options, logs.observe) as engine:
         _refuse_what_breaks_rules(engine.card, jobs)
         await engine.start()  # only now: what breaks rules is told at once
         begun: list[Generation | ServiceError | OSError] = []
         for number, job in enumerate(jobs):
-            while len(begun) < min(number + _NUM_AHEAD, len(jobs)):
+            while len(begun) < min(number + num_ahead, len(jobs)):
                 begun.append(await _begin(engine, jobs[len(begun)]))
             generation = begun[number]
             if isinstance(generation, Generation):
@@ -131,13 +143,23 @@ async def composed_engine(
     settings: RankSettings, options: EngineOptions, observe: Observe
 ) -> AsyncGenerator[Engine, None]:
     """An engine that is ready to be started, and which is gone with all it held when the block ends."""
+    refuse_wrong_hosts(settings)
     checkpoint, card = find_model(settings)
+    topology = find_topology(settings, checkpoint, card)
     prepare_forkserver()  # only now: a model that cannot be had is told at once
-    with closing(Spool(settings.spool_dir)) as spool:
-        executor = Executor(
-            plan_ranks(settings, checkpoint, spool.directory), card, policy=_restart_policy(settings), observe=observe
-        )
-        engine = Engine(card, executor, spool, options=options, observe=observe, count_tokens=token_counter(checkpoint))
+    with closing(Spool(settings.spool_dir)) as spool, _other_hosts(settings) as hosts:
+        executors = [
+            Executor(
+                plan,
+                card,
+                policy=_restart_policy(settings),
+                observe=observe,
+                make_group=functools.partial(RankGroup, hosts=hosts),
+            )
+            for plan in plan_groups(settings, topology, checkpoint, spool.directory)
+        ]
+        count_tokens = token_counter(checkpoint)
+        engine = Engine(card, executors, spool, options=options, observe=observe, count_tokens=count_tokens)
         try:
             yield engine
         finally:
@@ -196,20 +218,107 @@ def _lowered(card: ModelCard, offer: ModelCard) -> dict[str, int]:
     return {name: value for name, value in values.items() if value != getattr(card.defaults, name)}
 
 
-def plan_ranks(settings: RankSettings, checkpoint: Checkpoint, directory: Path) -> GroupPlan:
+def find_topology(settings: RankSettings, checkpoint: Checkpoint, card: ModelCard) -> Topology:
+    """How each replica divides a generation: as the settings say, and what they leave open as is best.
+
+    Raises:
+        UsageError: the settings contradict each other, or the model.
+    """
+    experts = ("transformer", "transformer_2") if checkpoint.has_two_experts else ("transformer",)
+    model = Divisible(
+        num_heads=math.gcd(*(checkpoint.value(expert, "num_attention_heads") for expert in experts)),
+        num_text_heads=checkpoint.value("text_encoder", "num_heads"),
+        num_text_units=checkpoint.value("text_encoder", "d_ff"),
+    )
+    wanted = Wanted(
+        cfg=settings.enable_cfg_parallel,
+        sequence=settings.sp_degree,
+        ring=settings.ring_degree,
+        ulysses=settings.ulysses_degree,
+        text_tensor=settings.tp_size,
+    )
+    try:
+        num_ranks = group_size(settings.num_gpus, settings.replicas)
+        guided = card.defaults.guidance_scale > 1.0
+        return choose_topology(num_ranks, model=model, guided=guided, wanted=wanted)
+    except TopologyError as error:
+        replicas = f", --replicas {settings.replicas}" if settings.replicas > 1 else ""
+        given = f"--num-gpus {settings.num_gpus}{replicas}"
+        told = [f"{_TOPOLOGY_FLAGS[field]}: {sentence} ({given})" for field, sentence in error.problems]
+        raise UsageError(told) from error
+
+
+def plan_groups(
+    settings: RankSettings, topology: Topology, checkpoint: Checkpoint, directory: Path
+) -> Iterator[GroupPlan]:
+    """One a replica. The devices of this host are theirs in turn."""
     num_cores = len(os.sched_getaffinity(0))
-    return GroupPlan(
-        topology=Topology(copies=settings.num_gpus),
+    plan = GroupPlan(
+        topology=topology,
         checkpoint=checkpoint,
         device=settings.device,
         dtype=settings.dtype,
         load_format=settings.load_format,
-        cpu_threads=settings.cpu_threads or max(1, num_cores // settings.num_gpus),
+        cpu_threads=settings.cpu_threads or max(1, num_cores * settings.nnodes // settings.num_gpus),
         max_frame_bytes=settings.max_area * 3,
         directory=directory,
+        demand=_demand(settings, topology),
         log_format=settings.log_format,
         log_level=settings.log_level,
     )
+    for replica in range(settings.replicas):
+        yield replace(plan, first_rank=replica * topology.world_size)
+
+
+def _demand(settings: RankSettings, topology: Topology) -> str:
+    num_gpus = settings.num_gpus // settings.nnodes
+    needs = f"--num-gpus {settings.num_gpus} needs {num_gpus} GPU{'s' if num_gpus > 1 else ''}"
+    where = f" on each of --nnodes {settings.nnodes}" if settings.nnodes > 1 else ""
+    replicas = f"{settings.replicas} replicas of " if settings.replicas > 1 else ""
+    layout = f" ({replicas}{in_words(topology)})" if settings.num_gpus > 1 else ""
+    return f"{needs}{where}{layout}"
+
+
+def refuse_wrong_hosts(settings: RankSettings) -> None:
+    """Raise UsageError for whatever is wrong with how the ranks are spread over hosts."""
+    problems = []
+    needs = {"--join-address": settings.join_address, "--join-secret-file": settings.join_secret_file}
+    for flag, value in needs.items():
+        if settings.nnodes > 1 and value is None:
+            problems.append(f"{flag}: must be given when --nnodes is more than 1")
+        if settings.nnodes == 1 and value is not None:
+            problems.append(f"{flag}: only with --nnodes above 1")
+    if settings.join_secret_file is not None:
+        try:
+            read_secret(settings.join_secret_file)
+        except ValueError as error:
+            problems.append(f"--join-secret-file: {error}")
+    if settings.nnodes > 1 and settings.replicas > 1:
+        problems.append(f"--replicas: {settings.replicas}, but the ranks of --nnodes {settings.nnodes} are one group")
+    if settings.num_gpus % settings.nnodes:
+        problems.append(f"--num-gpus: {settings.num_gpus} ranks are not as many on each of --nnodes {settings.nnodes}")
+    if problems:
+        raise UsageError(problems)
+
+
+@contextmanager
+def _other_hosts(settings: RankSettings) -> Iterator[Hosts | None]:
+    """Where ranks of other hosts join, if any are to. It starts threads: not before the forkserver is there."""
+    if settings.join_address is None or settings.join_secret_file is None:
+        yield None
+        return
+    host, port = split_address(settings.join_address)
+    try:
+        hosts = Hosts(
+            at=Endpoint(host=host, port=port),
+            secret=read_secret(settings.join_secret_file),
+            num_nodes=settings.nnodes,
+            ranks_per_node=settings.num_gpus // settings.nnodes,
+        )
+    except ValueError as error:
+        raise UsageError([f"--join-address: {error}, not {settings.join_address!r}"]) from error
+    with closing(hosts):
+        yield hosts
 
 
 def _restart_policy(settings: RankSettings) -> RestartPolicy:
@@ -217,6 +326,7 @@ def _restart_policy(settings: RankSettings) -> RestartPolicy:
         max_failures=settings.max_failed_starts,
         window_s=settings.failed_start_window_s,
         start_timeout_s=settings.start_timeout_s,
+        patience=Patience(grace_s=settings.watchdog_grace_s, first_step_timeout_s=settings.first_step_timeout_s),
     )
 
 

@@ -22,7 +22,14 @@ from wan_grpc.domain.request import GenerationRequest
 
 if TYPE_CHECKING:
     from wan_grpc import app
-    from wan_grpc.config import GenerateSettings, MakeTinyModelSettings, ModelsSettings, ServeSettings, Settings
+    from wan_grpc.config import (
+        GenerateSettings,
+        JoinSettings,
+        MakeTinyModelSettings,
+        ModelsSettings,
+        ServeSettings,
+        Settings,
+    )
     from wan_grpc_client.bar import Bar
     from wan_grpc_client.batch import Job
 
@@ -38,6 +45,7 @@ _COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "serve": "start a server and run until it is told to stop",
         "generate": "generate videos without a server",
+        "join": "lend a rank of this host to a server on another host",
         "models": "print what a running server can do",
         "make-tiny-model": "write a tiny checkpoint to a directory",
         "version": "print the version",
@@ -105,6 +113,8 @@ def _do(settings: "Settings") -> int:
             return _serve(settings)
         case config.GenerateSettings():
             return _generate(settings)
+        case config.JoinSettings():
+            return _join(settings)
         case config.ModelsSettings():
             return _models(settings)
         case config.MakeTinyModelSettings():
@@ -235,6 +245,35 @@ def _show(bar: "Bar", event: Event) -> None:
                 step_time_s=event.step_time_s,
                 eta_s=event.eta_s,
             )
+
+
+def _join(settings: "JoinSettings") -> int:
+    from wan_grpc.config import UsageError, place_on_host, split_address
+    from wan_grpc.engine.joined import NotTakenError, Place, stay_joined
+    from wan_grpc.engine.links import Endpoint, RefusedError, read_secret
+    from wan_grpc.telemetry import logs
+
+    local_rank, num_local = place_on_host()
+    assert settings.address is not None and settings.secret_file is not None, "they must be given"
+    host, port = split_address(settings.address)
+    try:
+        secret = read_secret(settings.secret_file)
+    except ValueError as error:
+        raise UsageError([f"--secret-file: {error}"]) from error
+    logs.configure(level=settings.log_level, log_format=settings.log_format)
+    place = Place(
+        server=Endpoint(host=host, port=port),
+        secret=secret,
+        node_rank=settings.node_rank,
+        local_rank=local_rank,
+        num_local=num_local,
+        model_path=settings.model_path,
+    )
+    try:
+        stay_joined(place, give_up_after_s=settings.give_up_after_s)
+    except (RefusedError, NotTakenError) as error:
+        return _fail(settings.command, _sentence(error))
+    return DONE
 
 
 def _models(settings: "ModelsSettings") -> int:

@@ -35,15 +35,10 @@ NOT_YET: Final = frozenset(
     {
         "dit_cpu_offload",
         "dit_layerwise_offload",
-        "enable_cfg_parallel",
         "image_encoder_cpu_offload",
         "lora_path",
         "pin_cpu_memory",
-        "ring_degree",
-        "sp_degree",
         "text_encoder_cpu_offload",
-        "tp_size",
-        "ulysses_degree",
         "vae_cpu_offload",
         "vae_path",
     }
@@ -86,6 +81,28 @@ def _frame_size(text: str) -> str:
 
 
 FrameSize = Annotated[str, AfterValidator(_frame_size)]
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT; an IPv6 address stands in brackets.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    is_whole = bool(bare) and colon == ":" and port.isdecimal() and int(port) <= 65535
+    if not is_whole or (":" in bare) != host.startswith("["):
+        raise ValueError("must be HOST:PORT such as 10.0.0.1:3001")
+    return bare, int(port)
+
+
+def _host_port(text: str) -> str:
+    split_address(text)
+    return text
+
+
+HostPort = Annotated[str, AfterValidator(_host_port)]
 
 
 def _setting(default: Any, text: str, *, group: str) -> Any:
@@ -157,16 +174,73 @@ class RankSettings(Settings):
     )
     num_gpus: Count = _setting(
         1,
-        "number of ranks, one process and one device each; in this version they all compute the same video, each for "
-        "itself, so more than one is no faster",
+        "number of ranks, one process and one device each; those of a replica compute each video together",
+        group="model and ranks",
+    )
+    replicas: Count = _setting(
+        1,
+        "equal groups into which the ranks fall; each takes the next generation when it is free, so that as many are "
+        "computed at the same time",
+        group="model and ranks",
+    )
+    enable_cfg_parallel: bool | None = _setting(
+        None,
+        "have one half of a group compute the pass with the prompt and the other half the one without; unset, like the "
+        "degrees below: what is best for the model and the number of ranks in a group",
+        group="model and ranks",
+    )
+    sp_degree: Count | None = _setting(
+        None,
+        "ranks between which the tokens of a pass are divided: --ring-degree x --ulysses-degree",
+        group="model and ranks",
+    )
+    ulysses_degree: Count | None = _setting(
+        None,
+        "of them, ranks that exchange tokens for heads; divides the heads of the transformer",
+        group="model and ranks",
+    )
+    ring_degree: Count | None = _setting(
+        None, "of them, ranks between which keys and values go round", group="model and ranks"
+    )
+    tp_size: Count = _setting(
+        1, "ranks between which each layer of the text encoder is divided", group="model and ranks"
+    )
+    nnodes: Count = _setting(
+        1,
+        "number of hosts that the ranks are on, as many on each; the first of them are here, for the others run "
+        "`wan-grpc join` there",
+        group="model and ranks",
+    )
+    join_address: HostPort | None = _setting(
+        None,
+        "HOST:PORT to listen on for ranks of other hosts, with more than one of --nnodes: the address of this host in "
+        "a network that can be trusted; port 0: a free one, which the log tells",
+        group="model and ranks",
+    )
+    join_secret_file: ExpandedPath | None = _setting(
+        None,
+        "file of at least 16 bytes that this and the other hosts know and nobody else; others than its owner and group "
+        "must not be able to read it",
         group="model and ranks",
     )
     cpu_threads: Count | None = _setting(
         None, "CPU threads of each rank; unset: the cores, divided by the ranks", group="model and ranks"
     )
     start_timeout_s: Seconds = _setting(1800.0, "longest time for the ranks to load the model", group="model and ranks")
+    watchdog_grace_s: Seconds = _setting(
+        10.0,
+        "ranks that are silent for longer than three steps take and this time are ended and started again",
+        group="model and ranks",
+    )
+    first_step_timeout_s: Seconds = _setting(
+        600.0,
+        "and those that are silent for this time at a step of which nothing is known yet",
+        group="model and ranks",
+    )
     max_failed_starts: Count = _setting(
-        3, "the process ends when the ranks fail to start this often within the window", group="model and ranks"
+        3,
+        "the process ends when the ranks, of each replica, fail to start this often within the window",
+        group="model and ranks",
     )
     failed_start_window_s: Seconds = _setting(600.0, "the window of --max-failed-starts", group="model and ranks")
     max_area: Count = _setting(LIMITS.max_area, "most pixels of a frame", group="limits of a request")
@@ -327,6 +401,48 @@ class ModelsSettings(Settings):
     timeout_s: Seconds = _setting(10.0, "longest time to wait for its answer", group="server")
 
 
+class JoinSettings(Settings):
+    """Lend a rank of this host to a server on another host, until that server stops. torchrun starts several."""
+
+    command = "join"
+
+    address: HostPort | None = _setting(None, "HOST:PORT of the server's --join-address", group="server")
+    secret_file: ExpandedPath | None = _setting(
+        None, "file with what stands in the server's --join-secret-file", group="server"
+    )
+    node_rank: Count = _setting(
+        1, "which of the hosts this is: 1 to --nnodes - 1, for 0 is the server's", group="ranks"
+    )
+    model_path: str | None = _setting(
+        None,
+        "where this host has the checkpoint; unset: under the path or hub id that the server has it from",
+        group="ranks",
+    )
+    give_up_after_s: SecondsOrNone = _setting(
+        600.0, "end when the server cannot be reached for this time", group="server"
+    )
+
+    @classmethod
+    def conflicts(cls, given: Collection[str]) -> Iterator[str]:
+        for name in ("address", "secret_file"):
+            if name not in given:
+                yield f"{_flag(name)}: must be given"
+
+
+def place_on_host(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Which rank of this host the process is to be, and how many there are: as torchrun says, else the only one.
+
+    Raises:
+        UsageError: it says something else.
+    """
+    environment = os.environ if environment is None else environment
+    values = [environment.get(name, usual) for name, usual in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))]
+    if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+        given = f"LOCAL_RANK {values[0]} of LOCAL_WORLD_SIZE {values[1]}"
+        raise UsageError([f"{given}: must be numbers as torchrun sets them"])
+    return int(values[0]), int(values[1])
+
+
 class MakeTinyModelSettings(Settings):
     """Write a tiny checkpoint with random weights, in the published layout of a task's model, to a directory."""
 
@@ -340,7 +456,13 @@ class MakeTinyModelSettings(Settings):
     )
 
 
-COMMANDS: Final[tuple[type[Settings], ...]] = (ServeSettings, GenerateSettings, ModelsSettings, MakeTinyModelSettings)
+COMMANDS: Final[tuple[type[Settings], ...]] = (
+    ServeSettings,
+    GenerateSettings,
+    JoinSettings,
+    ModelsSettings,
+    MakeTinyModelSettings,
+)
 
 S = TypeVar("S", bound=Settings)
 
@@ -447,7 +569,7 @@ def _words(settings: type[Settings], name: str, type_name: str) -> dict[str, Any
     field = settings.model_fields[name]
     shown = f" (default: {field.default})" if field.default is not None else ""
     words: dict[str, Any] = {"help": f"{field.description}{shown}".replace("%", "%%"), "required": False}
-    if field.annotation is bool:  # --flag and --flag true mean the same
+    if field.annotation is bool or bool in get_args(field.annotation):  # --flag and --flag true mean the same
         return {**words, "nargs": "?", "const": "true", "metavar": "{true,false}"}
     for kind in get_args(field.annotation):
         if isinstance(kind, type) and issubclass(kind, StrEnum):

@@ -146,7 +146,7 @@ async def live_ranks(
     executor = Executor(planned, card, policy=policy or RestartPolicy(), observe=observed.append)
     engine = Engine(
         card,
-        executor,
+        [executor],
         spool,
         options=EngineOptions(),
         observe=observed.append,

@@ -5,7 +5,7 @@ import pytest
 
 from tests import pictures, tiny
 from tests.functional import checkpoint
-from tests.functional.live import NARROW, LiveServer, running_server
+from tests.functional.live import NARROW, PATIENT, LiveServer, running_server
 from wan_grpc.domain.variants import Task
 from wan_grpc.pipeline.tiny import make_tiny_model
 
@@ -30,7 +30,7 @@ def live(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A server of that checkpoint for all tests that leave it as it was."""
     directory = tmp_path_factory.mktemp("live")
     flags = ("--model-path", str(checkpoint_dir), "--cpu-threads", "1", "--heartbeat-s", "0.2", "--drain-window-s", "0")
-    with running_server(directory, *flags) as server:
+    with running_server(directory, *flags, *PATIENT) as server:
         yield server
 
 
@@ -39,7 +39,7 @@ def live_i2v(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server of a tiny image-to-video model with narrow limits, for all tests that leave it as it was."""
     directory = tmp_path_factory.mktemp("live-i2v")
     make_tiny_model(directory / "model", task=Task.IMAGE_TO_VIDEO)
-    with running_server(directory, "--model-path", str(directory / "model"), *NARROW) as server:
+    with running_server(directory, "--model-path", str(directory / "model"), *NARROW, *PATIENT) as server:
         yield server
 
 

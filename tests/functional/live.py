@@ -40,6 +40,8 @@ NARROW = (
     *("--max-image-bytes", str(MAX_IMAGE_BYTES), "--max-image-pixels", str(MAX_IMAGE_PIXELS)),
 )
 """Flags of a server that accepts nothing that takes long."""
+PATIENT = ("--watchdog-grace-s", "3600", "--first-step-timeout-s", "3600")
+"""Flags of a server whose ranks a test may stop for as long as it likes."""
 T = TypeVar("T")
 
 

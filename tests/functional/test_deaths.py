@@ -27,6 +27,8 @@ from tests.functional.live import (
     stage,
     start_server,
 )
+from wan_grpc.domain.variants import Task
+from wan_grpc.pipeline.tiny import make_tiny_model
 from wan_grpc.v1 import generation_pb2 as pb
 from wan_grpc.v1.video_generation_service_pb2_grpc import VideoGenerationServiceStub
 
@@ -79,18 +81,22 @@ def test_rank_killed_while_denoising(live: LiveServer, pair: LiveServer, rank: i
     assert [line for line in pair.log().splitlines() if not line.startswith("{")] == []
 
 
-def test_rank_killed_while_it_reads_an_image(live_i2v: LiveServer) -> None:
+def test_rank_killed_while_it_reads_an_image(tmp_path: Path) -> None:
     """The image stage dies like any other; a video from an image that waits keeps its picture and is what it was."""
+    make_tiny_model(tmp_path / "model", task=Task.IMAGE_TO_VIDEO)
     image = pictures.saved(pictures.two_colours(80, 40), "PNG")
     quick = spec(width=64, height=64, image=image, num_inference_steps=1)
-    expected = live_i2v.make(quick).video
-    slow = spec(width=128, height=96, num_frames=25, num_inference_steps=10, image=image)
-    running, waiting = live_i2v.generate(slow), live_i2v.generate(quick)
-    running.until(stage(pb.STAGE_IMAGE))
-    psutil.Process(live_i2v.rank_pids()[0]).kill()
-    left = running.finish()
-    assert (left.code, left.reason) == (grpc.StatusCode.UNAVAILABLE, "RANK_DIED")
-    assert (waiting.finish(), waiting.video) == (OK, expected)
+    slow = spec(width=128, height=96, num_frames=81, num_inference_steps=10, image=image)
+    with running_server(tmp_path, "--model-path", str(tmp_path / "model"), "--drain-window-s", "0") as server:
+        expected = server.make(quick).video
+        running = server.generate(slow)
+        running.until(stage(pb.STAGE_IMAGE))
+        waiting = server.generate(quick)
+        waiting.until(lambda event: event.HasField("queued"))
+        psutil.Process(server.rank_pids()[0]).kill()
+        left = running.finish()
+        assert (left.code, left.reason) == (grpc.StatusCode.UNAVAILABLE, "RANK_DIED")
+        assert (waiting.finish(), waiting.video) == (OK, expected)
 
 
 def test_callers_who_hang_up_while_they_send(live_i2v: LiveServer) -> None:

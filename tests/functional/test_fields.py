@@ -19,6 +19,7 @@ from tests import pictures
 from tests.functional.live import (
     MAX_IMAGE_BYTES,
     NARROW,
+    PATIENT,
     ROOT,
     SERVICE,
     LiveServer,
@@ -64,7 +65,8 @@ def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """As above, of a model that makes videos from text with or without an image."""
     directory = tmp_path_factory.mktemp("fields-ti2v")
     make_tiny_model(directory / "model", task=Task.TEXT_IMAGE_TO_VIDEO)
-    with running_server(directory, "--model-path", str(directory / "model"), *NARROW) as server, held(server):
+    flags = ("--model-path", str(directory / "model"), *NARROW, *PATIENT)
+    with running_server(directory, *flags) as server, held(server):
         yield server
 
 

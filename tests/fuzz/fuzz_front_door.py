@@ -263,7 +263,8 @@ class Caller:
         """The server answers, is ready, and has met no bug."""
         assert self._server.health("") == health_pb2.HealthCheckResponse.SERVING
         assert self._server.health() == health_pb2.HealthCheckResponse.SERVING
-        assert [line for line in self._server.log_lines() if line["level"] in ("error", "critical")] == []
+        bad = [line for line in self._server.log_lines() if line["level"] in ("error", "critical")]
+        assert not bad, bad
 
     def _counted(self, what: str, code: grpc.StatusCode) -> grpc.StatusCode:
         self.outcomes[what.rpartition("/")[2], code.name] += 1

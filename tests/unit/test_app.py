@@ -5,12 +5,22 @@ from typing import Any
 import pytest
 import structlog.testing
 
-from wan_grpc.app import Job, RefusedJobsError, find_model, generate
+from wan_grpc.app import (
+    Job,
+    RefusedJobsError,
+    find_model,
+    find_topology,
+    generate,
+    plan_groups,
+    refuse_wrong_hosts,
+)
 from wan_grpc.config import GenerateSettings, ServeSettings, UsageError
 from wan_grpc.domain.errors import UnusableModelError
 from wan_grpc.domain.request import GenerationRequest
+from wan_grpc.domain.topology import Topology
 from wan_grpc.domain.variants import Defaults, Limits
-from wan_grpc.pipeline.published import T2V_A14B_ID
+from wan_grpc.engine.group import GroupPlan
+from wan_grpc.pipeline.published import T2V_A14B_ID, TI2V_5B_ID
 
 
 def settings(**values: Any) -> ServeSettings:
@@ -130,6 +140,143 @@ def test_limits_that_leave_nothing_end_the_start() -> None:
     assert str(raised.value) == (
         "what requests mean by default cannot be served: width: 16 x 16 = 256 pixels a frame; at most 255"
     )
+
+
+def topology(**values: Any) -> Topology:
+    asked = settings(**values)
+    return find_topology(asked, *find_model(asked))
+
+
+def groups(directory: Path, **values: Any) -> list[GroupPlan]:
+    asked = settings(**values)
+    checkpoint, card = find_model(asked)
+    return list(plan_groups(asked, find_topology(asked, checkpoint, card), checkpoint, directory))
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, Topology(num_heads=40)),
+        ({"num_gpus": 4}, Topology(cfg=2, ulysses=2, num_heads=40)),
+        ({"num_gpus": 8}, Topology(cfg=2, ulysses=4, num_heads=40)),
+        ({"num_gpus": 8, "replicas": 4}, Topology(cfg=2, num_heads=40)),
+        ({"num_gpus": 4, "ulysses_degree": 2, "enable_cfg_parallel": True}, Topology(cfg=2, ulysses=2, num_heads=40)),
+        ({"num_gpus": 4, "enable_cfg_parallel": False}, Topology(ulysses=4, num_heads=40)),
+        ({"num_gpus": 6, "sp_degree": 6}, Topology(ring=3, ulysses=2, num_heads=40)),
+        (
+            {"num_gpus": 8, "ring_degree": 2, "tp_size": 8},
+            Topology(cfg=2, ring=2, ulysses=2, text_tensor=8, num_heads=40),
+        ),
+    ],
+)
+def test_the_topology_is_that_of_the_settings(values: dict[str, Any], wanted: Topology) -> None:
+    """What the flags leave open follows from the number of ranks in a group and the model."""
+    assert topology(**values) == wanted
+
+
+def test_the_topology_follows_the_checkpoint() -> None:
+    """Six ranks exchange the 24 heads of one model, and rotate keys and values for the 40 heads of the other."""
+    asked = ServeSettings(model_path=TI2V_5B_ID, load_format="dummy", num_gpus=6)
+    assert find_topology(asked, *find_model(asked)) == Topology(cfg=2, ulysses=3, num_heads=24)
+    assert topology(num_gpus=6) == Topology(cfg=2, ring=3, num_heads=40)
+
+
+def test_models_without_guidance_are_divided_by_tokens_alone() -> None:
+    """Where requests usually have one pass there is no second one to divide."""
+    asked = settings(num_gpus=4)
+    checkpoint, card = find_model(asked)
+    distilled = replace(card, defaults=replace(card.defaults, guidance_scale=1.0))
+    assert find_topology(asked, checkpoint, distilled) == Topology(ulysses=4, num_heads=40)
+
+
+@pytest.mark.parametrize(
+    ("values", "problems"),
+    [
+        (
+            {"num_gpus": 5, "replicas": 2},
+            ["--replicas: 2 does not divide the ranks, 5 = 2 x 2 + 1; 1 and 5 would (--num-gpus 5, --replicas 2)"],
+        ),
+        (
+            {"num_gpus": 8, "replicas": 2, "sp_degree": 8},
+            [
+                "--sp-degree: cfg 1 x sequence 8 = 8 or cfg 2 x sequence 8 = 16 is not 4, "
+                "the number of ranks in a group; "
+                "possible: cfg 2 x ulysses 2, cfg 2 x ring 2 or ulysses 4 (--num-gpus 8, --replicas 2)"
+            ],
+        ),
+        (
+            {"num_gpus": 6, "ulysses_degree": 3, "tp_size": 4},
+            [
+                "--ulysses-degree: 3 does not divide the heads of the transformer, 40 = 3 x 13 + 1; 1 and 2 would "
+                "(--num-gpus 6)",
+                "--tp-size: 4 does not divide the ranks of a group, 6 = 4 x 1 + 2; 1 and 2 would (--num-gpus 6)",
+            ],
+        ),
+        (
+            {"enable_cfg_parallel": True},
+            ["--enable-cfg-parallel: the ranks of a group do not fall into 2 halves, 1 = 2 x 0 + 1 (--num-gpus 1)"],
+        ),
+        (
+            {"num_gpus": 8, "ring_degree": 3},
+            [
+                "--ring-degree: cfg 1 x ring 3 = 3 or cfg 2 x ring 3 = 6 does not divide 8, "
+                "the number of ranks in a group; "
+                "possible: cfg 2 x ulysses 4, cfg 2 x ring 2 x ulysses 2 or cfg 2 x ring 4 (--num-gpus 8)"
+            ],
+        ),
+    ],
+)
+def test_a_topology_that_cannot_be_ends_the_start(values: dict[str, Any], problems: list[str]) -> None:
+    """Each problem is told under the flag that brought it, with the numbers that it does not go with."""
+    with pytest.raises(UsageError) as raised:
+        topology(**values)
+    assert list(raised.value.problems) == problems
+
+
+def test_the_groups_of_a_host(tmp_path: Path) -> None:
+    """Each replica counts its ranks and devices after those of the ones before, and is like them in all else."""
+    first, *others = groups(tmp_path, num_gpus=6, replicas=3)
+    assert (first.topology, first.first_rank) == (Topology(cfg=2, num_heads=40), 0)
+    assert others == [replace(first, first_rank=2), replace(first, first_rank=4)]
+
+
+@pytest.mark.parametrize(
+    ("values", "cores", "wanted"),
+    [
+        ({}, 16, 16),
+        ({"num_gpus": 4}, 16, 4),
+        ({"num_gpus": 4, "replicas": 2}, 16, 4),
+        ({"num_gpus": 8, "replicas": 4}, 4, 1),
+        ({"num_gpus": 4, "cpu_threads": 7}, 16, 7),
+        ({"num_gpus": 4, "nnodes": 2}, 16, 8),
+    ],
+)
+def test_cores_are_divided_by_all_ranks(
+    values: dict[str, Any], cores: int, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all replicas on a host; never less than one thread, and as told where it is told."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert {plan.cpu_threads for plan in groups(tmp_path, **values)} == {wanted}
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, "--num-gpus 1 needs 1 GPU"),
+        ({"num_gpus": 4, "replicas": 2}, "--num-gpus 4 needs 4 GPUs (2 replicas of cfg 2)"),
+        ({"num_gpus": 8, "nnodes": 2}, "--num-gpus 8 needs 4 GPUs on each of --nnodes 2 (cfg 2 x ulysses 4)"),
+    ],
+)
+def test_ranks_know_what_needs_the_devices(values: dict[str, Any], wanted: str, tmp_path: Path) -> None:
+    """They tell it when there are fewer."""
+    assert {plan.demand for plan in groups(tmp_path, **values)} == {wanted}
+
+
+def test_replicas_are_of_one_host(tmp_path: Path) -> None:
+    """The ranks of several hosts are one group."""
+    with pytest.raises(UsageError) as raised:
+        refuse_wrong_hosts(settings(num_gpus=4, nnodes=2, replicas=2))
+    assert "--replicas: 2, but the ranks of --nnodes 2 are one group" in raised.value.problems
 
 
 async def test_every_job_is_checked_before_the_first_begins(tmp_path: Path) -> None:

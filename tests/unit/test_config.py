@@ -74,6 +74,44 @@ def test_booleans(argv: list[str], wanted: bool) -> None:
     assert load(GenerateSettings, ["--prompt", "p", *argv], {}).save_output is wanted
 
 
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ([], None),
+        (["--enable-cfg-parallel"], True),
+        (["--enable-cfg-parallel", "--num-gpus", "4"], True),
+        (["--enable-cfg-parallel", "true"], True),
+        (["--enable-cfg-parallel", "false"], False),
+        (["--enable-cfg-parallel=false"], False),
+    ],
+)
+def test_a_boolean_that_may_be_left_open(argv: list[str], wanted: bool | None) -> None:
+    """It is given like any boolean flag, and says nothing when it is not."""
+    assert load(ServeSettings, argv, {}).enable_cfg_parallel is wanted
+
+
+@pytest.mark.parametrize("settings", [ServeSettings, GenerateSettings])
+def test_the_flags_of_many_ranks(settings: type[ServeSettings | GenerateSettings], tmp_path: Path) -> None:
+    """They are spelled as in SGLang, bare and with an equals sign, and go by each way."""
+    given: dict[str, Any] = {
+        "num_gpus": 8,
+        "replicas": 2,
+        "enable_cfg_parallel": True,
+        "sp_degree": 2,
+        "ulysses_degree": 2,
+        "ring_degree": 1,
+        "tp_size": 4,
+    }
+    prompt = {"prompt": "p"} if settings is GenerateSettings else {}
+    wanted = settings(**given, **prompt)
+    flags = ["--num-gpus", "8", "--replicas=2", "--enable-cfg-parallel", "--sp-degree", "2", "--ulysses-degree=2"]
+    more = ["--ring-degree=1", "--tp-size=4", *(f"--prompt={text}" for text in prompt.values())]
+    variables = {f"WAN_GRPC_{name.upper()}": str(value) for name, value in {**given, **prompt}.items()}
+    path = write(tmp_path, "".join(f"{name}: {value}\n" for name, value in {**given, **prompt}.items()))
+    by_file = load(settings, [f"--config={path}"], {}).model_copy(update={"config": None})
+    assert (load(settings, [*flags, *more], {}), load(settings, [], variables), by_file) == (wanted,) * 3
+
+
 @settings(deadline=None)
 @example("--")
 @given(st.text(alphabet=st.characters(blacklist_characters="\0", blacklist_categories=["Cs"])))

@@ -1,6 +1,7 @@
 """One way to say "something changed" to any number of coroutines, without a queue that a slow one could fill."""
 
 import asyncio
+from collections.abc import Callable
 
 
 class Bell:
@@ -8,10 +9,17 @@ class Bell:
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self._calls: list[Callable[[], None]] = []
 
     def ring(self) -> None:
         self._event.set()
         self._event = asyncio.Event()
+        for call in self._calls:
+            call()
+
+    def call(self, hook: Callable[[], None]) -> None:
+        """Have `hook` called by every ring from now on. It must not raise."""
+        self._calls.append(hook)
 
     def ticket(self) -> asyncio.Event:
         """An event that the next ring sets."""

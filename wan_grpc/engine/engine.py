@@ -5,12 +5,13 @@ Knows generations, their order and their ends. Does not know protobuf, gRPC, or 
 
 import asyncio
 import contextlib
+import functools
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -45,15 +46,17 @@ from wan_grpc.domain.observations import (
 )
 from wan_grpc.domain.request import UNLIMITED_S, GenerationRequest
 from wan_grpc.domain.status import EngineStatus
+from wan_grpc.domain.traffic import skew_s
 from wan_grpc.domain.variants import ModelCard
 from wan_grpc.engine.bell import Bell, rang
 from wan_grpc.engine.encoding import Encoding, storage_failure
 from wan_grpc.engine.executor import Executor
 from wan_grpc.engine.generation import GenerationLog, Running
 from wan_grpc.engine.intake import CountTokens, Intake, Prepared, fingerprint
-from wan_grpc.engine.messages import MemoryUse, RunEnded
+from wan_grpc.engine.messages import RankFailed, RunEnded, StepDone
 from wan_grpc.engine.pace import Pace, remaining
 from wan_grpc.engine.queue import AdmissionQueue
+from wan_grpc.engine.replicas import Replica, Replicas
 from wan_grpc.media.video import describe
 from wan_grpc.store.artifacts import Spool, StorageFailedError
 from wan_grpc.store.frames import FramesAbortedError
@@ -92,7 +95,7 @@ class Engine:
     def __init__(
         self,
         card: ModelCard,
-        executor: Executor,
+        executors: Sequence[Executor],
         spool: Spool,
         *,
         options: EngineOptions,
@@ -102,29 +105,31 @@ class Engine:
         self.card = card
         self._intake = Intake(card, count_tokens)
         self._may_read = asyncio.Semaphore(_NUM_READING)
-        self._executor = executor
+        self._replicas = Replicas(executors)
+        self._replicas.fatal.add_done_callback(self._fail_waiting)
         self._spool = spool
         self._options = options
         self._observe = observe
         self._queue = AdmissionQueue(options.max_queue)
         self._generations: dict[str, GenerationLog] = {}
         self._by_request_id: dict[str, str] = {}
-        self._active: GenerationLog | None = None
         self._pace = Pace()
         self._changed = Bell()
         self._draining = False
         self._drain_until = math.inf
-        # One more than may hang over: the video that the ranks are at is encoded meanwhile, too.
-        self._threads = ThreadPoolExecutor(options.max_encoding + 1, thread_name_prefix="encoder")
-        self._may_encode = asyncio.Semaphore(options.max_encoding + 1)
+        # More than may hang over: the videos that the ranks are at are encoded meanwhile, too.
+        num_encoding = options.max_encoding + self._replicas.count
+        self._threads = ThreadPoolExecutor(num_encoding, thread_name_prefix="encoder")
+        self._may_encode = asyncio.Semaphore(num_encoding)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._scheduling: list[asyncio.Task[None]] = []
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Begin to start the ranks. Requests are admitted from now on and wait for them."""
-        self._executor.start()
-        self._background(self._schedule())
+        self._replicas.start()
+        self._scheduling = [self._background(self._schedule(replica)) for replica in self._replicas]
 
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more, let what was accepted end and be read, and cancel what has not by `timeout_s`.
@@ -132,7 +137,7 @@ class Engine:
         A second call may bring that time forward for the first one, too.
         """
         self._draining = True
-        self._executor.changed.ring()
+        self._replicas.changed.ring()
         loop = asyncio.get_running_loop()
         self._drain_until = min(self._drain_until, loop.time() + timeout_s)
         self._changed.ring()
@@ -154,37 +159,38 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._executor.stop()
+        await self._replicas.stop()
         await asyncio.to_thread(self._threads.shutdown)
         for job in self._unfinished():
             self._end_failed(job, _SHUTTING_DOWN)
 
     @property
     def fatal(self) -> asyncio.Future[str]:
-        """Set with a sentence when the ranks cannot be brought to life again."""
-        return self._executor.fatal
+        """Set with a sentence when no ranks can be brought to life again."""
+        return self._replicas.fatal
 
     def status(self) -> EngineStatus:
-        plan, ready = self._executor.plan, self._executor.ready
+        plan, ready = self._replicas.plan, self._replicas.ready
         return EngineStatus(
             ready=bool(ready) and not self._draining and not self.fatal.done(),
-            detail="the server is shutting down" if self._draining else self._executor.detail,
+            detail="the server is shutting down" if self._draining else self._replicas.detail,
             topology=plan.topology,
+            num_replicas=self._replicas.count,
             device=ready[0].device if ready else "",
             dtype=ready[0].dtype if ready else "",
             attention=ready[0].attention if ready else "",
             load_format=plan.load_format,
             queue_limit=self._options.max_queue,
             num_queued=len(self._queue),
-            num_running=int(self._active is not None),
-            rank_memory=_rank_memory(self._executor.memory),
+            num_running=self._replicas.num_running,
+            rank_memory=self._replicas.rank_memory,
         )
 
     async def status_changes(self) -> AsyncGenerator[bool, None]:
         """Readiness now, and again each time it changes."""
         known: bool | None = None
         while True:
-            ticket = self._executor.changed.ticket()
+            ticket = self._replicas.changed.ticket()
             ready = self.status().ready
             if ready is not known:
                 known = ready
@@ -411,14 +417,14 @@ class Engine:
     def _check_room(self) -> None:
         if self._draining or self.fatal.done():
             raise ServiceError(Reason.SHUTTING_DOWN, _SHUTTING_DOWN.message, retry_after_s=_UNKNOWN_WAIT_S)
-        if len(self._queue) + (self._active is not None) > self._options.max_queue:
-            sentence = (
-                f"{self._options.max_queue} generations wait behind the one that is next; no more are accepted now"
-            )
+        limit, num_next = self._options.max_queue, self._replicas.num_alive
+        if len(self._queue) + self._replicas.num_running >= limit + num_next:
+            ahead = "the one that is" if num_next == 1 else f"the {num_next} that are"
+            sentence = f"{limit} generations wait behind {ahead} next; no more are accepted now"
             raise ServiceError(Reason.QUEUE_FULL, sentence, retry_after_s=self._wait_for_room_s())
 
     def _wait_for_room_s(self) -> float:
-        left = self._active_left_s()
+        left = self._replicas.next_end_s()
         return _UNKNOWN_WAIT_S if left is None else max(1.0, left)
 
     def _bound_duration(self, job: GenerationLog) -> None:
@@ -431,63 +437,53 @@ class Engine:
 
     def _tell_positions(self) -> None:
         """Log each waiting generation's place where it has changed."""
-        eta_s = self._next_start_s()
-        for position, job in enumerate(self._queue):
+        starts_s = self._replicas.starts_s(self._pace.expect_all(job.video) for job in self._queue)
+        for position, (job, eta_s) in enumerate(zip(self._queue, starts_s, strict=True)):
             last = job.records[-1].event
             if not (isinstance(last, Queued) and last.position == position):
                 job.log(Queued(position=position, eta_s=eta_s))
-            own = self._pace.expect_all(job.video)
-            eta_s = None if eta_s is None or own is None else eta_s + own
         self._report_load()
-
-    def _next_start_s(self) -> float | None:
-        if self._active is None:
-            return 0.0 if self._executor.is_ready else None
-        return self._active_left_s()
-
-    def _active_left_s(self) -> float | None:
-        told = self._active.last_record(Progress) if self._active is not None else None
-        if told is None or not isinstance(told.event, Progress) or told.event.eta_s is None:
-            return None
-        return max(0.0, told.event.eta_s - (time.time() - told.time_s))
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
-    async def _schedule(self) -> None:
-        """Give the ranks one generation after the other, for as long as they can be brought to life."""
+    async def _schedule(self, replica: Replica) -> None:
+        """Give its ranks one generation after the other, for as long as they can be brought to life."""
         while True:
             await self._may_encode.acquire()
             try:
-                job = await self._next()
-            except UnusableModelError as error:
-                self._fail_waiting(error)
+                job = await self._next(replica.executor)
+            except UnusableModelError:
                 return
-            self._active = job
+            replica.job = job
             job.start()
             self._tell_positions()
             self._observe(Started(name=job.name, wait_s=job.age_s))
-            with structlog.contextvars.bound_contextvars(generation=job.name):
-                await self._run(job)
-            self._active = None
+            with self._replicas.named_in_logs(replica), structlog.contextvars.bound_contextvars(generation=job.name):
+                await self._run(job, replica)
+            replica.job = None
             self._tell_positions()
 
-    async def _next(self) -> GenerationLog:
+    async def _next(self, executor: Executor) -> GenerationLog:
         """The first in line, who stands there until there are ranks that can begin."""
-        while not (len(self._queue) and self._executor.is_ready):
+        while not (len(self._queue) and executor.is_ready):
             await self._queue.filled()
-            await self._executor.wait_ready()
+            await executor.wait_ready()
         return self._queue.pop()
 
-    def _fail_waiting(self, error: UnusableModelError) -> None:
+    def _fail_waiting(self, fatal: "asyncio.Future[str]") -> None:
+        if fatal.cancelled():
+            return
+        sentence = f"the ranks cannot be started: {fatal.result()}"
         for job in self._queue:
             self._queue.remove(job)
-            self._end_failed(job, Failure(reason=Reason.RANK_DIED, message=f"the ranks cannot be started: {error}"))
+            self._end_failed(job, Failure(reason=Reason.RANK_DIED, message=sentence))
 
-    async def _run(self, job: GenerationLog) -> None:
+    async def _run(self, job: GenerationLog, replica: Replica) -> None:
         """Have the ranks compute `job`. Its encoding may go on when this returns."""
+        leave_ranks = functools.partial(replica.executor.cancel, job.name)
         try:
             job.artifact = self._spool.create(job.name.rpartition("/")[2], "." + job.video.output_format)
-            run = Running(Encoding(job.video, job.artifact, self._spool.directory))
+            run = Running(Encoding(job.video, job.artifact, self._spool.directory), leave_ranks)
         except StorageFailedError as error:
             self._may_encode.release()
             self._end_failed(job, storage_failure(error))
@@ -497,7 +493,7 @@ class Engine:
             asyncio.to_thread(describe, job.video)
         )  # it opens an encoder, which takes a while
         try:
-            ended = await self._follow_ranks(job, run)
+            ended = await self._follow_ranks(job, run, replica)
         except ServiceError as error:
             run.stop_with(error.failure)
             ended = None
@@ -505,24 +501,35 @@ class Engine:
             run.encoding.abort()
         else:
             run.encoding.end_of_frames()
-        self._background(self._finish(job, run, ended))
+        self._begin_to_finish(job, run, None if ended is None else replica.rank_memory(ended.memory))
 
-    async def _follow_ranks(self, job: GenerationLog, run: Running) -> RunEnded:
+    def _begin_to_finish(self, job: GenerationLog, run: Running, memory: tuple[RankMemory, ...] | None) -> None:
+        if not run.is_finishing:
+            run.is_finishing = True
+            self._background(self._finish(job, run, memory))
+
+    async def _follow_ranks(self, job: GenerationLog, run: Running, replica: Replica) -> RunEnded:
         frames = job.take_frames()
-        running = self._executor.run(job.name, job.video, frames, run.encoding.take_frame)
+        running = replica.executor.run(job.name, job.video, frames, run.encoding.take_frame)
         async with contextlib.aclosing(running) as messages:
             async for message in messages:
                 if isinstance(message, RunEnded):
                     self._take_end(job, run, message)
                     return message
+                if isinstance(message, RankFailed):  # the caller need not wait until all ranks have left
+                    run.stop_with(message.failure)
+                    run.encoding.abort()
+                    self._begin_to_finish(job, run, None)
+                    continue
                 if message.progress.stage is Stage.DECODE and run.info is not None:
                     await asyncio.wait([run.info])
-                self._take_step(job, run, message.progress)
+                self._take_step(job, run, message)
                 if run.failure is not None or run.encoding.put_failure is not None:
-                    self._executor.cancel(job.name)
+                    run.leave_ranks()
         raise AssertionError("the executor ended without RunEnded")
 
-    def _take_step(self, job: GenerationLog, run: Running, progress: Progress) -> None:
+    def _take_step(self, job: GenerationLog, run: Running, done: StepDone) -> None:
+        progress = done.progress
         if progress.step == 0:
             self._enter(job, progress.stage)
         if progress.stage is Stage.DECODE:
@@ -531,7 +538,13 @@ class Engine:
             else:
                 self._observe(FramesDecoded(count=1 if progress.step == 1 else self.card.temporal_factor))
         if progress.expert is not None and progress.step_time_s is not None:
-            self._observe(StepEnded(name=job.name, expert=progress.expert, seconds=progress.step_time_s))
+            ended = StepEnded(
+                name=job.name,
+                expert=progress.expert,
+                seconds=progress.step_time_s,
+                skew_s=skew_s(done.times),
+            )
+            self._observe(ended)
         self._log_progress(job, progress)
 
     def _begin_encoding(self, job: GenerationLog, run: Running) -> None:
@@ -545,16 +558,7 @@ class Engine:
 
     def _log_progress(self, job: GenerationLog, progress: Progress) -> None:
         eta_s = remaining(progress, job.video, self._pace, job.clock.elapsed_s)
-        job.log(
-            Progress(
-                stage=progress.stage,
-                step=progress.step,
-                total_steps=progress.total_steps,
-                expert=progress.expert,
-                step_time_s=progress.step_time_s,
-                eta_s=eta_s,
-            )
-        )
+        job.log(replace(progress, eta_s=eta_s))
 
     def _enter(self, job: GenerationLog, stage: Stage) -> None:
         ended = job.clock.enter(stage)
@@ -588,23 +592,23 @@ class Engine:
             pass  # whoever aborted has said why
         except ServiceError as error:
             run.stop_with(error.failure)
-            self._executor.cancel(job.name)
+            run.leave_ranks()
         else:
             run.is_encoded = True
 
-    async def _finish(self, job: GenerationLog, run: Running, ended: RunEnded | None) -> None:
-        """Wait for the encoder, then end the generation."""
+    async def _finish(self, job: GenerationLog, run: Running, memory: tuple[RankMemory, ...] | None) -> None:
+        """Wait for the encoder, then end the generation. memory: None when the ranks did not compute it to its end."""
         if run.task is not None:
             await asyncio.wait([run.task])
         self._may_encode.release()
         if job.state.is_final:
             return  # a bug elsewhere has ended it
-        if ended is not None and run.is_encoded:
-            await self._end_complete(job, ended.memory)
+        if memory is not None and run.is_encoded:
+            await self._end_complete(job, memory)
         else:
             self._end_failed(job, run.failure or _INTERNAL)
 
-    async def _end_complete(self, job: GenerationLog, memory: tuple[MemoryUse, ...]) -> None:
+    async def _end_complete(self, job: GenerationLog, memory: tuple[RankMemory, ...]) -> None:
         assert job.artifact is not None
         size_bytes, sha256 = await asyncio.to_thread(job.artifact.seal)
         ended = job.clock.leave()
@@ -616,7 +620,7 @@ class Engine:
                 size_bytes=size_bytes,
                 sha256=sha256,
                 stage_times=job.clock.times,
-                rank_memory=_rank_memory(memory),
+                rank_memory=memory,
             )
         )
         self._after_end(job, None)
@@ -649,7 +653,7 @@ class Engine:
         elif job.running is not None:
             job.running.stop_with(failure)
             job.running.encoding.abort()
-            self._executor.cancel(job.name)
+            job.running.leave_ranks()
 
     # ---- what has ended ---------------------------------------------------------------------------------------------
 
@@ -697,9 +701,7 @@ class Engine:
     def _report_load(self) -> None:
         num_watchers = sum(job.num_watchers for job in self._generations.values())
         self._observe(
-            LoadChanged(
-                num_queued=len(self._queue), num_running=int(self._active is not None), num_watchers=num_watchers
-            )
+            LoadChanged(num_queued=len(self._queue), num_running=self._replicas.num_running, num_watchers=num_watchers)
         )
         self._changed.ring()
 
@@ -714,7 +716,9 @@ class Engine:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             structlog.get_logger().error("a vital task of the engine failed", exc_info=error)
-            self._executor.give_up(f"internal error: {error!r}")
+            self._replicas.give_up(f"internal error: {error!r}")
+            for scheduling in self._scheduling:  # whose generations end now
+                scheduling.cancel()
             for job in self._unfinished():
                 self._end_after_a_bug(job)
 
@@ -732,15 +736,11 @@ class Engine:
     def _note_crash_of_encoder(self, error: BaseException, job: GenerationLog, run: Running) -> None:
         structlog.get_logger().error("the encoder failed", exc_info=error)
         run.stop_with(_INTERNAL)
-        self._executor.cancel(job.name)
+        run.leave_ranks()
 
 
 def _unlogged(sequence: int, event: Event) -> Record:
     return Record(sequence=sequence, time_s=time.time(), event=event)
-
-
-def _rank_memory(memory: tuple[MemoryUse, ...]) -> tuple[RankMemory, ...]:
-    return tuple(RankMemory(rank=rank, peak_bytes=use.peak_bytes) for rank, use in enumerate(memory))
 
 
 def _check_offset(job: GenerationLog, offset: int) -> None:

@@ -5,6 +5,7 @@ Knows one generation. Does not know the queue, the ranks or other generations.
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -62,11 +63,14 @@ class StageClock:
 class Running:
     """What exists only while a generation is computed or encoded."""
 
-    def __init__(self, encoding: Encoding) -> None:
+    def __init__(self, encoding: Encoding, leave_ranks: Callable[[], None]) -> None:
+        """leave_ranks: has those that compute it leave it at the next step boundary, as long as they are at it."""
         self.encoding = encoding
+        self.leave_ranks = leave_ranks
         self.info: asyncio.Future[VideoInfo] | None = None
         self.task: asyncio.Task[None] | None = None
         self.is_encoded = False
+        self.is_finishing = False
         self.failure: Failure | None = None
 
     def stop_with(self, failure: Failure) -> None:
@@ -148,6 +152,14 @@ class GenerationLog:
     @property
     def age_s(self) -> float:
         return time.monotonic() - self.born
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until it is complete, as its newest progress tells."""
+        told = self.last_record(Progress)
+        if told is None or not isinstance(told.event, Progress) or told.event.eta_s is None:
+            return None
+        return max(0.0, told.event.eta_s - (time.time() - told.time_s))
 
     @property
     def video_bytes(self) -> int:

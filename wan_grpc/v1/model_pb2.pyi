@@ -155,20 +155,22 @@ class AccelerationProfile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., ssim: _Optional[float] = ..., psnr_db: _Optional[float] = ..., speedup: _Optional[float] = ...) -> None: ...
 
 class Topology(_message.Message):
-    __slots__ = ("world_size", "copies", "cfg", "ring", "ulysses", "text_tensor")
+    __slots__ = ("world_size", "copies", "cfg", "ring", "ulysses", "text_tensor", "replicas")
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
     CFG_FIELD_NUMBER: _ClassVar[int]
     RING_FIELD_NUMBER: _ClassVar[int]
     ULYSSES_FIELD_NUMBER: _ClassVar[int]
     TEXT_TENSOR_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     world_size: int
     copies: int
     cfg: int
     ring: int
     ulysses: int
     text_tensor: int
-    def __init__(self, world_size: _Optional[int] = ..., copies: _Optional[int] = ..., cfg: _Optional[int] = ..., ring: _Optional[int] = ..., ulysses: _Optional[int] = ..., text_tensor: _Optional[int] = ...) -> None: ...
+    replicas: int
+    def __init__(self, world_size: _Optional[int] = ..., copies: _Optional[int] = ..., cfg: _Optional[int] = ..., ring: _Optional[int] = ..., ulysses: _Optional[int] = ..., text_tensor: _Optional[int] = ..., replicas: _Optional[int] = ...) -> None: ...
 
 class Deployment(_message.Message):
     __slots__ = ("ready", "detail", "topology", "device", "dtype", "attention_backend", "load_format", "num_queued", "num_running", "rank_memory")

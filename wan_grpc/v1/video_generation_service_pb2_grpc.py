@@ -152,7 +152,7 @@ class VideoGenerationServiceServicer(object):
         grace period (ABANDONED); send the request again if it is still wanted.
         DEADLINE_EXCEEDED: the call's deadline passed and the generation is cancelled unless somebody else watches it, or
         its max_duration passed (MAX_DURATION_EXCEEDED); allow more time.
-        UNAVAILABLE: the server is stopping or cannot be reached, or ranks died (RANK_DIED); with a `generation` and no
+        UNAVAILABLE: the server is stopping or cannot be reached, or ranks died or hung (RANK_DIED); with a `generation` and no
         `generation_state` in ErrorInfo, or with no ErrorInfo, re-attach by WatchGeneration or by the same request_id;
         otherwise try again after RetryInfo.
         INTERNAL: a bug; report the request id.

@@ -75,6 +75,10 @@ class Progress:
     step_time_s: float | None
     eta_s: float | None
     """Expected seconds until the video is complete; None until the server can tell."""
+    slowest_rank: int | None = None
+    """The rank that worked longest for this step; None when one rank computes alone, and for step 0."""
+    slowest_rank_time_s: float | None = None
+    """How long it worked, without its waits for others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +263,8 @@ def _read_progress(progress: pb.Progress) -> Progress:
         expert=word(pb.Expert, progress.expert) if progress.expert else None,
         step_time_s=_if_set(progress, "step_time", _seconds),
         eta_s=_if_set(progress, "eta", _seconds),
+        slowest_rank=_if_set(progress, "slowest_rank", int),
+        slowest_rank_time_s=_if_set(progress, "slowest_rank_time", _seconds),
     )
 
 

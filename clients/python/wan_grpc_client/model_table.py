@@ -65,8 +65,9 @@ def _images(rules: model_pb2.ModelRules) -> str:
 
 
 def _topology(topology: model_pb2.Topology) -> str:
-    axes = " x ".join(f"{axis} {getattr(topology, axis)}" for axis in ("copies", "cfg", "ring", "ulysses"))
-    return f"world_size {topology.world_size} = {axes}; text_tensor {topology.text_tensor}"
+    axes = " x ".join(f"{axis} {getattr(topology, axis)}" for axis in ("cfg", "ring", "ulysses"))
+    replicas = f"{topology.replicas} replicas, each of " if topology.replicas > 1 else ""
+    return f"{replicas}world_size {topology.world_size} = {axes}; text_tensor {topology.text_tensor}"
 
 
 def _profile(profile: model_pb2.AccelerationProfile) -> str:

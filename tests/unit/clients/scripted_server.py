@@ -81,6 +81,8 @@ def progress(sequence: int, step: int) -> pb.GenerationEvent:
             expert=pb.EXPERT_HIGH_NOISE,
             step_time=Duration(seconds=1, nanos=500_000_000),
             eta=Duration(seconds=3),
+            slowest_rank=0,
+            slowest_rank_time=Duration(seconds=1, nanos=250_000_000),
         ),
     )
 

@@ -79,7 +79,16 @@ CANCEL = service_pb.CancelGenerationRequest(name=NAME)
 
 
 def progress(step: int) -> Progress:
-    return Progress(stage="denoise", step=step, total_steps=2, expert="high_noise", step_time_s=1.5, eta_s=3.0)
+    return Progress(
+        stage="denoise",
+        step=step,
+        total_steps=2,
+        expert="high_noise",
+        step_time_s=1.5,
+        eta_s=3.0,
+        slowest_rank=0,
+        slowest_rank_time_s=1.25,
+    )
 
 
 def video(**where: Any) -> Video:

@@ -70,7 +70,7 @@ ANSWER: dict[str, Any] = {
     },
     "deployment": {
         "ready": True,
-        "topology": {"worldSize": 4, "copies": 1, "cfg": 2, "ring": 1, "ulysses": 2, "textTensor": 1},
+        "topology": {"worldSize": 4, "copies": 1, "cfg": 2, "ring": 1, "ulysses": 2, "textTensor": 1, "replicas": 1},
         "device": "cuda: NVIDIA H200",
         "dtype": "bfloat16",
         "attentionBackend": "sdpa",
@@ -93,7 +93,7 @@ sizes                1280x720, 720x1280, or any in multiples of 16 up to 16384
 frames               1 more than a multiple of 4
 images               a first image must be given, a last one may be; PNG, JPEG or WebP
 text                 the first 512 tokens of a prompt count
-topology             world_size 4 = copies 1 x cfg 2 x ring 1 x ulysses 2; text_tensor 1
+topology             world_size 4 = cfg 2 x ring 1 x ulysses 2; text_tensor 1
 device               cuda: NVIDIA H200
 dtype                bfloat16
 attention            sdpa
@@ -149,6 +149,11 @@ def test_everything_is_in_the_table() -> None:
         (changed("deployment", ready=False, detail="no ranks yet"), "server", "wan-grpc 0.1.0, no ranks yet"),
         (changed("deployment", device=""), "device", "not known before the ranks are ready"),
         (changed("deployment", rankMemory=[]), "memory", "none"),
+        (
+            changed("deployment", topology={"worldSize": 2, "cfg": 2, "ring": 1, "ulysses": 1, "replicas": 4}),
+            "topology",
+            "4 replicas, each of world_size 2 = cfg 2 x ring 1 x ulysses 1; text_tensor 0",
+        ),
         (changed("model", adapters=[]), "adapters", "none"),
         (changed("model", accelerationProfiles=[]), "profiles", "none: always the exact computation"),
         (changed("model", sizes=[]), "sizes", "any in multiples of 16 up to 16384"),

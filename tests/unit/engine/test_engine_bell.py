@@ -29,6 +29,17 @@ async def test_everybody_who_waits_hears_one_ring() -> None:
     assert await asyncio.gather(*waiting) == [True] * 50
 
 
+async def test_a_ring_calls_who_wants_to_be_called() -> None:
+    """At every ring, after the tickets of before are due."""
+    bell = Bell()
+    ticket, seen = bell.ticket(), []
+    bell.call(lambda: seen.append(ticket.is_set()))
+    bell.call(lambda: seen.append(2))
+    bell.ring()
+    bell.ring()
+    assert seen == [True, 2, True, 2]
+
+
 async def test_a_wait_that_is_cancelled_is_no_timeout() -> None:
     """Cancelling the waiter ends it as cancelled."""
     task = asyncio.create_task(rang(Bell().ticket(), 10.0))

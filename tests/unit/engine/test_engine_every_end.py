@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import Bench, Watcher, eventually, open_bench
-from tests.fake_ranks import raw_video
+from tests.fake_ranks import FakeExecutor, FakeRun, raw_video
 from wan_grpc.domain.errors import CANCELLING_REASONS, Failure, Reason, ServiceError
 from wan_grpc.domain.events import Accepted, Chunk, Completed, Failed, Heartbeat, Record, State, VideoInfo
 from wan_grpc.domain.observations import Admitted, Ended, LoadChanged
@@ -49,6 +49,7 @@ class Schedule:
             self.advance: 12,
             self.finish: 4,
             self.fail: 1,
+            self.fail_on_one_rank: 1,
             self.die_or_revive: 2,
             self.hold_or_release_the_encoders: 2,
             self.pass_time: 3,
@@ -64,7 +65,9 @@ class Schedule:
     # ---- callers ----------------------------------------------------------------------------------------------------
 
     async def submit(self) -> None:
-        has_room = len(self.bench.engine._queue) + self.bench.engine.status().num_running <= MAX_QUEUE
+        has_room = len(self.bench.engine._queue) + self.bench.engine.status().num_running < MAX_QUEUE + len(
+            self.bench.executors
+        )
         try:
             generation = await self.bench.submit(
                 watched=self.random.choice([True, False]),
@@ -115,23 +118,35 @@ class Schedule:
 
     async def advance(self) -> None:
         for _ in range(self.random.randint(1, 6)):
-            if (run := self.bench.executor.running) is not None:
+            if (run := self.any_executor().running) is not None:
                 run.advance()
                 await self.settle()
 
     async def finish(self) -> None:
-        if self.bench.executor.running is not None:
-            self.bench.executor.running.finish()
+        if (run := self.any_executor().running) is not None:
+            run.finish()
 
     async def fail(self) -> None:
-        if self.bench.executor.running is not None:
-            self.bench.executor.running.fail(OUT_OF_MEMORY)
+        if (run := self.any_executor().running) is not None:
+            run.fail(OUT_OF_MEMORY)
+
+    async def fail_on_one_rank(self) -> None:
+        if (run := self.any_executor().running) is not None:
+            run.fail_on(1, OUT_OF_MEMORY)
 
     async def die_or_revive(self) -> None:
-        if self.bench.executor.is_ready:
-            self.bench.executor.kill()
+        executor = self.any_executor()
+        if executor.is_ready:
+            executor.kill()
         else:
-            self.bench.executor.set_ready(True)
+            executor.set_ready(True)
+
+    @property
+    def runs(self) -> list[FakeRun]:
+        return [executor.running for executor in self.bench.executors if executor.running is not None]
+
+    def any_executor(self) -> FakeExecutor:
+        return self.random.choice(self.bench.executors)
 
     async def hold_or_release_the_encoders(self) -> None:
         if self.gate.is_set():
@@ -147,15 +162,16 @@ class Schedule:
     def check_always(self, watched: set[str]) -> None:
         for job in self.jobs.values():
             self.check_step(job, watched)
-        executor = self.bench.executor
+        executors = self.bench.executors
         queued = [job for job in self.jobs.values() if job.state is State.QUEUED]
         running = [job for job in self.jobs.values() if job.state is State.RUNNING]
         kept = [job for job in self.bench.engine._generations.values() if job.state.is_final and not job.num_watchers]
         assert [job.snapshot().queue_position for job in queued] == list(range(len(queued)))
-        assert len(queued) <= MAX_QUEUE + 1
-        assert len(running) <= 1 + MAX_ENCODING
+        assert len(queued) <= MAX_QUEUE + len(executors)
+        assert len(running) <= len(executors) + MAX_ENCODING
         assert len(kept) <= RETAIN_COUNT
-        assert not (queued and executor.is_ready and executor.running is None and self.gate.is_set()), "idle ranks"
+        are_idle = any(executor.is_ready and executor.running is None for executor in executors)
+        assert not (queued and are_idle and self.gate.is_set()), "idle ranks"
 
     def check_step(self, job: GenerationLog, watched: set[str]) -> None:
         before = self.states.get(job.name, job.state)
@@ -179,11 +195,13 @@ class Schedule:
 
     async def to_the_end(self) -> None:
         self.gate.set()
-        while not all(job.state.is_final for job in self.jobs.values()):
-            self.bench.executor.set_ready(True)
-            if self.bench.executor.running is not None:
-                self.bench.executor.running.finish()
+        while not all(job.state.is_final for job in self.jobs.values()) or self.runs:
+            for executor in self.bench.executors:
+                executor.set_ready(True)
+            for run in self.runs:
+                run.finish()
             await asyncio.sleep(0.001)
+        await eventually(lambda: self.bench.engine.status().num_running == 0, "the ranks are free")
         for _, _, watcher in self.watchers:
             watcher.go_on()
         await eventually(lambda: all(watcher.has_ended for _, _, watcher in self.watchers), "watchers end")
@@ -218,16 +236,12 @@ class Schedule:
             await asyncio.sleep(0)
 
     def is_settled(self) -> bool:
-        executor = self.bench.executor
-        run = executor.running
-        behind = [
-            job
-            for job in self.jobs.values()
-            if job.state is State.RUNNING and (run is None or job.name != run.generation)
-        ]
-        is_beginning = run is None and executor.is_ready and len(self.bench.engine._queue)
+        at_work = {run.generation for run in self.runs}
+        behind = [job for job in self.jobs.values() if job.state is State.RUNNING and job.name not in at_work]
+        are_idle = any(executor.is_ready and executor.running is None for executor in self.bench.executors)
+        is_beginning = are_idle and len(self.bench.engine._queue)
         has_encoded = not self.gate.is_set() or not (behind or is_beginning)
-        return has_encoded and (run is None or not (run.num_unheard or run.has_ended))
+        return has_encoded and not any(run.num_unheard or run.has_ended for run in self.runs)
 
 
 def check_log(job: GenerationLog) -> None:
@@ -268,13 +282,19 @@ def is_part(part: list[Record], whole: list[Record]) -> bool:
     return all(any(record == other for other in rest) for record in part)
 
 
-async def test_every_generation_ends_in_one_way_once(tmp_path: Path, gate: threading.Event) -> None:
+@pytest.mark.parametrize("num_replicas", [1, 2])
+async def test_every_generation_ends_in_one_way_once(num_replicas: int, tmp_path: Path, gate: threading.Event) -> None:
     """Whatever happens in what order, each has one end that all its watchers see, and nothing of it is left behind."""
     ends: Counter[str] = Counter()
     for seed in range(120):
         gate.set()
         async with open_bench(
-            tmp_path, leaves_at_once=False, max_queue=MAX_QUEUE, max_encoding=MAX_ENCODING, retain_count=RETAIN_COUNT
+            tmp_path,
+            leaves_at_once=False,
+            num_replicas=num_replicas,
+            max_queue=MAX_QUEUE,
+            max_encoding=MAX_ENCODING,
+            retain_count=RETAIN_COUNT,
         ) as bench:
             schedule = Schedule(bench, gate, seed)
             try:

@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from multiprocessing import resource_sharer
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from wan_grpc.domain.topology import Topology
 from wan_grpc.engine.group import GroupEvent, GroupPlan, HandedOver, RankGroup, RanksDied
+from wan_grpc.engine.messages import Abort, decode_abort
 from wan_grpc.pipeline.checkpoint import Checkpoint
 
 context = multiprocessing.get_context("forkserver")
@@ -78,6 +80,34 @@ def test_a_kill_waits_for_a_start_that_is_under_way(tmp_path: Path, monkeypatch:
     assert process.exitcode == -signal.SIGKILL
     group.start()
     assert group.pids == (process.pid,)
+
+
+def test_every_rank_is_called_out(tmp_path: Path) -> None:
+    """An abort reaches the lifeline of each rank that is there; those of dead ones, and closed ones, are no error."""
+    group = RankGroup(plan(tmp_path), lambda _: None)
+    lifelines = [context.Pipe(duplex=False) for _ in range(3)]
+    group._lifelines.extend(ours for _, ours in lifelines)
+    lifelines[0][0].close()
+    lifelines[1][1].close()
+    group.abort("generations/1")
+    assert decode_abort(lifelines[2][0].recv_bytes()) == Abort(generation="generations/1")
+    group.kill()
+
+
+def test_ranks_beside_other_groups(tmp_path: Path) -> None:
+    """The second group of a host counts its ranks, and takes its devices, after those of the first one."""
+    group = RankGroup(replace(plan(tmp_path), topology=Topology(cfg=2), first_rank=2, demand="4 GPUs"), lambda _: None)
+    configs = [group._config(rank) for rank in range(2)]
+    assert [(config.rank, config.local_rank, config.first_rank, config.demand) for config in configs] == [
+        (0, 2, 2, "4 GPUs"),
+        (1, 3, 2, "4 GPUs"),
+    ]
+    dead = context.Process(target=os._exit, args=(3,), daemon=True)
+    dead.start()
+    dead.join()
+    group._processes.append(dead)
+    assert group._epitaph() == "rank 2 exited with code 3"
+    group.kill()
 
 
 def plan(directory: Path) -> GroupPlan:

@@ -49,8 +49,11 @@ FROM_RANK = [
 ]
 CONFIG = RankConfig(
     rank=1,
-    topology=Topology(copies=2),
+    topology=Topology(cfg=2, ring=3, ulysses=4, text_tensor=2, num_heads=40),
     rendezvous="/tmp/meet",
+    local_rank=25,
+    first_rank=24,
+    demand="--num-gpus 48 needs 48 GPUs",
     checkpoint=Checkpoint(model_path="org/model", directory=None),
     device="cuda:1",
     dtype="bfloat16",

@@ -31,9 +31,11 @@ from wan_grpc.domain.observations import (
     Started,
     StepEnded,
 )
+from wan_grpc.domain.traffic import RankTime
 from wan_grpc.domain.variants import Expert
 from wan_grpc.engine import encoding
 from wan_grpc.engine import engine as engine_module
+from wan_grpc.engine.messages import StepDone
 from wan_grpc.store.artifacts import Artifact, Spool, StorageFailedError
 from wan_grpc.store.frames import FrameSpool
 
@@ -125,6 +127,30 @@ async def test_what_is_measured_of_a_generation(bench: Bench) -> None:
     assert loads[-1] == LoadChanged(num_queued=0, num_running=0, num_watchers=0)
 
 
+async def test_the_ranks_of_a_step_are_compared(bench: Bench) -> None:
+    """How much longer the busiest rank worked is measured; which one it was stands in the progress."""
+    generation = await bench.submit()
+    watcher = bench.watch(generation.name)
+    run = await bench.executor.run_number(1)
+    progress = Progress(
+        stage=Stage.DENOISE,
+        step=1,
+        total_steps=3,
+        expert=Expert.LOW_NOISE,
+        step_time_s=2.0,
+        slowest_rank=1,
+        slowest_rank_time_s=1.75,
+    )
+    times = (RankTime(seconds=2.0, waited_s=1.5), RankTime(seconds=2.0, waited_s=0.25))
+    run.reach(Stage.DENOISE)
+    run.messages.put_nowait(StepDone(progress=progress, times=times))
+    await watcher.saw(Stage.DENOISE, 1)
+    assert watcher.logged[-1] == progress
+    assert bench.seen(StepEnded) == [StepEnded(name=generation.name, expert=Expert.LOW_NOISE, seconds=2.0, skew_s=1.25)]
+    run.finish()
+    await watcher.to_end()
+
+
 async def test_the_remaining_time_is_measured(bench: Bench) -> None:
     """From the second video on a time is told with every step, and it shrinks to nothing at the end."""
     await bench.succeed()
@@ -170,6 +196,58 @@ async def test_a_failure_on_the_ranks_ends_one_generation(bench: Bench) -> None:
     (await bench.executor.run_number(2)).finish()
     await bench.ended(following.name)
     assert bench.states(following.name) == [State.SUCCEEDED]
+
+
+@pytest.mark.parametrize("stage", [Stage.TEXT, Stage.DENOISE, Stage.DECODE])
+async def test_a_failure_on_one_rank_is_told_before_the_others_have_left(bench: Bench, stage: Stage) -> None:
+    """Its caller hears at once; the next generation begins when all ranks are free, and is not touched by it."""
+    oom = Failure(reason=Reason.OUT_OF_MEMORY, message="ask for fewer frames")
+    generation, following = await bench.submit(), await bench.submit(watched=False)
+    watcher = bench.watch(generation.name)
+    run = await bench.executor.run_number(1)
+    run.reach(stage, 1)
+    await watcher.saw(stage, 1)
+    run.fail_on(1, oom)
+    await watcher.to_end()
+    assert watcher.failure == oom
+    assert bench.states(generation.name, following.name) == [State.FAILED, State.QUEUED]
+    assert (bench.executor.running, bench.engine.status().num_running) == (run, 1)
+    assert (await bench.engine.cancel(generation.name)).state is State.FAILED
+    run.end()
+    (await bench.executor.run_number(2)).finish()
+    await bench.ended(following.name)
+    assert bench.states(following.name) == [State.SUCCEEDED]
+    assert [ended.name for ended in bench.seen(Ended)] == [generation.name, following.name]
+
+
+async def test_ranks_that_die_while_they_leave_a_failure(bench: Bench) -> None:
+    """The generation keeps the failure that its caller has heard."""
+    oom = Failure(reason=Reason.OUT_OF_MEMORY, message="ask for fewer frames")
+    generation = await bench.submit(watched=False)
+    run = await bench.executor.run_number(1)
+    run.reach(Stage.DENOISE, 1)
+    run.fail_on(1, oom)
+    await bench.ended(generation.name)
+    bench.executor.kill()
+    await eventually(lambda: bench.engine.status().num_running == 0)
+    assert bench.engine.get(generation.name).failure == oom
+    assert len(bench.seen(Ended)) == 1
+
+
+async def test_a_cancelled_generation_that_fails_on_one_rank(bench: Bench) -> None:
+    """Whoever asked for its end gets it, and need not wait for the ranks either."""
+    generation = await bench.submit(watched=False)
+    run = await bench.executor.run_number(1)
+    run.reach(Stage.DENOISE, 1)
+    await bench.heard()
+    bench.executor.leaves_at_once = False
+    cancelled = asyncio.create_task(bench.engine.cancel(generation.name))
+    await eventually(lambda: run.is_cancelled)
+    run.fail_on(1, Failure(reason=Reason.INTERNAL, message="a bug"))
+    assert (await cancelled).state is State.CANCELLED
+    assert not run.has_ended
+    run.leave()
+    await next_one_works(bench)
 
 
 @pytest.mark.parametrize("stage", [Stage.TEXT, Stage.DENOISE, Stage.DECODE])
