@@ -12,13 +12,14 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from wan_grpc.domain.events import Progress, Stage
 from wan_grpc.domain.topology import Topology
@@ -36,6 +37,14 @@ from wan_grpc.pipeline.load import DTYPES, load
 from wan_grpc.pipeline.published import T2V_A14B_CONFIGS
 from wan_grpc.pipeline.video import VideoPipeline
 
+KINDS = {
+    "exchange": ("nccl",),
+    "attention": ("fmha", "flash", "cudnn_generated", "sdpa", "attention"),
+    "linear": ("gemm", "nvjet", "cutlass", "splitk"),
+    "copy": ("memcpy", "copy", "memset", "catarray"),
+    "elementwise": ("elementwise", "reduce", "norm", "index"),
+}
+"""What kernels are for, by words in their names, looked for in this order."""
 STEP, UNGUIDED, DECODE, TEXT = "step", "unguided", "decode", "text"
 
 
@@ -52,6 +61,8 @@ class Case:
     exchanges: dict[str, float] = field(default_factory=dict)
     """Seconds in which the device of the rank waited for an exchange of this kind, and GB that the rank sent."""
     peak_gib: float = 0.0
+    kernels: dict[str, float] = field(default_factory=dict)
+    """Seconds of the kernels of one step by what they are for; those of exchanges run beside the others."""
 
 
 def main() -> None:
@@ -83,6 +94,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="names of cases, e.g. 'cfg 2'")
     parser.add_argument("--works", nargs="*", default=[STEP, DECODE, TEXT], choices=[STEP, UNGUIDED, DECODE, TEXT])
     parser.add_argument("--dtype", choices=sorted(DTYPES))
+    parser.add_argument("--profile", action="store_true", help="one more step, whose kernels are added up by kind")
     parser.add_argument("--out", help="JSON file for the full result")
     return parser.parse_args()
 
@@ -179,8 +191,27 @@ def measure(
         if mesh.is_first:
             wanted.setdefault(name, result.cpu())
             case.error[name] = error(result.cpu(), wanted[name])
+    if options.profile and STEP in case.works and pipeline.device.type == "cuda":
+        case.kernels = kernels_of(works[STEP], pipeline.device)
     case.exchanges = dict(traffic)
     case.peak_gib = round(device.peak_bytes(pipeline.device) / 2**30, 2)
+
+
+def kernels_of(work: Callable[[], object], where: torch.device) -> dict[str, float]:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        work()
+        device.synchronize(where)
+    seconds: Counter[str] = Counter()
+    for kernel in profiled.key_averages():
+        seconds[kind_of(kernel.key.lower())] += kernel.self_device_time_total / 1e6
+    return {kind: round(seconds[kind], 3) for kind in sorted(seconds)}
+
+
+def kind_of(kernel: str) -> str:
+    for kind, words in KINDS.items():
+        if any(word in kernel for word in words):
+            return kind
+    return "other"
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -253,6 +284,9 @@ def report(done: list[Case], pipeline: VideoPipeline, options: argparse.Namespac
             ]
             figures = f"{statistics.median(seconds):9.3f} {ratio:9.3f} {case.error[work]:9.2e}  {case.peak_gib:8.1f}"
             print(f"{case.name:24} {work:9} {figures}  {', '.join(waits)}")
+    for case in done:
+        if case.kernels:
+            print(f"{case.name:24} kernels of a step, s: {case.kernels}")
     if options.out:
         result = {"device": name, "torch": torch.__version__, "video": shape, "cases": [asdict(case) for case in done]}
         Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
