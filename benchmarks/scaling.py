@@ -12,9 +12,10 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from wan_grpc.domain.events import Progress, Stage
 from wan_grpc.domain.topology import Topology
-from wan_grpc.domain.traffic import Exchange
 from wan_grpc.domain.variants import Expert
 from wan_grpc.engine.worker import divide
 from wan_grpc.optimize.attention import choose
@@ -76,10 +76,20 @@ def main() -> None:
         ]
         for process in processes:
             process.start()
-        for process in processes:
+        wait_for(processes)
+
+
+def wait_for(processes: Sequence[BaseProcess]) -> None:
+    """Until all have ended. When one fails, the others wait for it in vain, and are ended."""
+    alive = {process.sentinel: process for process in processes}
+    while alive:
+        for sentinel in connection.wait(list(alive)):
+            process = alive.pop(sentinel)
             process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit("a rank failed")
+            if process.exitcode:
+                for other in alive.values():
+                    other.kill()
+                raise SystemExit(f"a rank ended with exit code {process.exitcode}")
 
 
 def read_options() -> argparse.Namespace:
@@ -179,8 +189,8 @@ def measure(
         mesh.meter.reset()
         case.seconds[name] = []
         for _ in range(options.repeats):
-            mesh.world.add_up(torch.zeros(1, device=pipeline.device), kind=Exchange.TEXT)  # all begin together
             device.synchronize(pipeline.device)
+            mesh.agree(0)  # all begin together
             began = time.perf_counter()
             result = works[name]()
             device.synchronize(pipeline.device)

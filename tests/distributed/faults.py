@@ -1,6 +1,7 @@
 """Faults that a test asks for by the prompt of a request: preloaded into the forkserver, so that every rank has them.
 
-A prompt such as `FAULT denoise 1 error 3` makes rank 1 raise in the middle of the third forward pass.
+A prompt such as `FAULT denoise 1 error 3` makes rank 1 raise before its third self-attention. `sent` is the moment at
+which keys and values are on their way and nobody waits for them yet.
 """
 
 import faulthandler
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from wan_grpc.engine import worker
+from wan_grpc.parallel.group import Group
+from wan_grpc.parallel.ulysses import Ulysses
 from wan_grpc.pipeline import decode
 from wan_grpc.pipeline.text import TextEncoder
 from wan_grpc.pipeline.transformer import SelfAttention
@@ -30,18 +33,29 @@ def _strike(stage: str) -> None:
     _, what, count = _planned.pop()
     if count > 1:
         _planned.append((stage, what, count - 1))
-    elif what == "error":
+        return
+    if torch.cuda.is_initialized():
+        torch.cuda._sleep(2_000_000_000)  # hosts run ahead of devices: what this one has enqueued is not done yet
+    if what == "error":
         raise RuntimeError("an injected error")
-    elif what == "memory":
+    if what == "memory":
         raise torch.OutOfMemoryError("injected: out of memory")
-    else:
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
 
 
 def _before(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*arguments: Any, **named: Any) -> Any:
         _strike(stage)
         return function(*arguments, **named)
+
+    return wrapped
+
+
+def _after(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        result = function(*arguments, **named)
+        _strike(stage)
+        return result
 
     return wrapped
 
@@ -65,4 +79,6 @@ def _to_end(self: worker.RankRun) -> Any:
 worker.RankRun.to_end = _to_end  # type: ignore[method-assign]
 TextEncoder._compute = _before("text", TextEncoder._compute)  # type: ignore[method-assign]
 SelfAttention.__call__ = _before("denoise", SelfAttention.__call__)  # type: ignore[method-assign]
+Ulysses._to_heads = _after("sent", Ulysses._to_heads)  # type: ignore[method-assign]
+Group.rotate = _after("sent", Group.rotate)  # type: ignore[method-assign]
 decode._decode_slice = _before("decode", decode._decode_slice)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 ENDED_S = 5.0
 """How soon a request has ended on all ranks."""
-STAGES = [("text", 1), ("denoise", 6), ("decode", 2)]
+STAGES = [("text", 1), ("denoise", 6), ("sent", 5), ("decode", 2)]
 
 
 def asked(prompt: str) -> dict[str, object]:
@@ -70,8 +70,9 @@ async def test_every_kind_of_exchange_breaks_off(tiny: Any, reference: bytes, to
     """Whatever the other rank waits in, it comes out of it, time after time."""
     async with live_ranks(tiny, topology=topology) as live:
         pids = live.pids
-        for count in (1, 2, 5):
-            watcher = await live.begin(prompt=faults.prompt("denoise", 1, "error", count), num_inference_steps=20)
+        stages = [("denoise", 1), ("denoise", 5), ("decode", 1)] + ([("sent", 3)] if topology.cfg == 1 else [])
+        for stage, count in stages:
+            watcher = await live.begin(prompt=faults.prompt(stage, 1, "error", count), num_inference_steps=20)
             assert await ended(watcher) < ENDED_S
             assert watcher.failure.reason is Reason.INTERNAL  # type: ignore[attr-defined]
             assert await live.make() == reference

@@ -161,9 +161,11 @@ def asked(prompt: str) -> dict[str, object]:
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(("what", "reason"), [("error", Reason.INTERNAL), ("memory", Reason.OUT_OF_MEMORY)])
-@pytest.mark.parametrize(("stage", "count"), [("text", 1), ("denoise", 30), ("decode", 2)])
+@pytest.mark.parametrize(("stage", "count"), [("text", 1), ("denoise", 30), ("sent", 30), ("decode", 2)])
 async def test_a_gpu_that_fails(live: Live, stage: str, count: int, what: str, reason: Reason) -> None:
     """Its peer is called out of NCCL at once; with new communicators the same processes make the next video right."""
+    if stage == "sent" and live.executor.plan.topology.cfg == 2:
+        stage = "denoise"  # nothing is sent within a pass
     reference, pids, restarts = await live.make(), live.pids, len(live.seen(GroupRestarting))
     watcher = await live.begin(**asked(faults.prompt(stage, 1, what, count)))
     began = time.monotonic()

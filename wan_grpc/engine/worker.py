@@ -140,7 +140,9 @@ def _follow_lifeline(lifeline: Connection, alarm: Alarm) -> None:
             told = lifeline.recv_bytes()
         except (EOFError, OSError):
             os._exit(1)
-        alarm.ring(messages.decode_abort(told).generation)
+        generation = messages.decode_abort(told).generation
+        # On a thread of its own: whatever becomes of an abort, this one must hear the end of the server.
+        threading.Thread(target=alarm.ring, args=(generation,), name="alarm", daemon=True).start()
 
 
 def _meet(config: RankConfig, device: torch.device) -> Mesh:
@@ -278,9 +280,9 @@ class RankRun:
     def to_end(self) -> RunEnded:
         devices.reset_peak(self._pipeline.device)
         word = self._last_word()
+        self._pipeline.free_memory()  # also for new links, which take theirs from the device
         if word not in (GO, CANCEL):
             self._recover()
-        self._pipeline.free_memory()
         accounts = self._accounts()
         return RunEnded(
             generation=self._order.generation,
@@ -300,8 +302,7 @@ class RankRun:
         except PeersLostError:
             raise
         except ExchangeBrokenError as error:
-            structlog.get_logger().warning("an exchange with other ranks broke off", detail=str(error))
-            word = LOST
+            word = self._complain_of_exchange(error)
         except Exception as error:  # noqa: BLE001  the rank loop is one of the two places that must outlive any error
             word = self._complain(error)
         if word not in (GO, CANCEL):
@@ -309,9 +310,17 @@ class RankRun:
         return self._mesh.agree(word).word
 
     def _complain(self, error: Exception) -> int:
-        """Tell the server at once, which calls the other ranks out of what they wait for; the word for it."""
         structlog.get_logger().exception("generation failed on this rank")
-        word = OUT_OF_MEMORY if devices.is_out_of_memory(error) else FAIL
+        return self._tell(OUT_OF_MEMORY if devices.is_out_of_memory(error) else FAIL)
+
+    def _complain_of_exchange(self, error: ExchangeBrokenError) -> int:
+        is_told = self._mesh.is_told
+        log = structlog.get_logger()
+        log.warning("an exchange with other ranks broke off", detail=str(error), exc_info=not is_told)
+        return LOST if is_told else self._tell(LOST)
+
+    def _tell(self, word: int) -> int:
+        """Tell the server at once, which calls the other ranks out of what they wait for."""
         failed = RankFailed(generation=self._order.generation, rank=self._mesh.rank, failure=_FAILURES[word])
         with suppress(OSError):  # a server that is gone, which the lifeline takes care of
             self._outlet.send(failed)

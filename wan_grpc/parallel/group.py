@@ -40,7 +40,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._is_shut = False
+        self.is_shut = False
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -50,7 +50,7 @@ class Gate:
             ExchangeBrokenError: the gate is shut, or torch says so of the exchange.
         """
         with self._lock:
-            if self._is_shut:
+            if self.is_shut:
                 raise ExchangeBrokenError("another rank has failed")
             with _in_our_words():
                 yield
@@ -58,12 +58,12 @@ class Gate:
     def shut(self, *, patience_s: float) -> None:
         """From another thread. After `patience_s` whoever is passing is taken to be stuck there."""
         got = self._lock.acquire(timeout=patience_s)
-        self._is_shut = True
+        self.is_shut = True
         if got:
             self._lock.release()
 
     def open(self) -> None:
-        self._is_shut = False
+        self.is_shut = False
 
 
 class Pending:
@@ -86,7 +86,7 @@ class Pending:
 
 
 class Group:
-    """The ranks of one group as one of them sees it. Every method is collective among them, in the same order.
+    """The ranks of one group as one of them sees it. Exchanges are collective among them, in the same order.
 
     Raises:
         ExchangeBrokenError: from any of them.
@@ -120,6 +120,7 @@ class Group:
 
         parts: [sum(sent), ...]; into: [sum(received), ...]; contiguous.
         """
+        assert (sum(sent), sum(received)) == (parts.shape[0], into.shape[0]), (sent, received, parts.shape, into.shape)
         self._count(kind, parts, sum(sent) - sent[self.index])
         with self._gate.passing():
             work = dist.all_to_all_single(
@@ -131,6 +132,7 @@ class Group:
         """The parts of all ranks, one after the other: [sizes[i], ...] of the i-th, [sum(sizes), ...] on each."""
         if self.size == 1:
             return part
+        assert part.shape[0] == sizes[self.index], (sizes, part.shape)
         most = max(sizes)
         padded = part if part.shape[0] == most else part.new_zeros((most, *part.shape[1:]))
         if padded is not part:

@@ -7,8 +7,9 @@ import gc
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
@@ -16,6 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import psutil
+import structlog
 import torch
 import torch.distributed as dist
 
@@ -63,10 +65,12 @@ class Agreed:
 
 
 class Mesh:
-    """The group as one rank sees it. Every method but `abort` is collective: all ranks call it, in the same order.
+    """The group as one rank sees it.
+
+    Words and `build` are collective: all ranks call them, in the same order.
 
     Raises:
-        PeersLostError: from any of them.
+        PeersLostError: from any of these.
     """
 
     def __init__(self, topology: Topology, rank: int, device: torch.device, *, store: "Store | None" = None) -> None:
@@ -176,24 +180,42 @@ class Mesh:
 
         Gloo knows no such thing, and needs none: the rank that failed has closed its links.
         """
-        if self._backend == "gloo":
-            return
-        self._gate.shut(patience_s=_STUCK_S)
-        for group in set(self._groups.values()):
-            with suppress(RuntimeError):
-                group.abort()
+        if self._backend == "nccl":
+            self._gate.shut(patience_s=_STUCK_S)
+            self._abort_links()
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the others know, or will by themselves, that an exchange broke off here."""
+        return self._backend == "gloo" or self._gate.is_shut
 
     def drop(self) -> None:
-        """Give all links for data up, after a failure; the words go on."""
-        for group in self._groups.values():
-            with suppress(RuntimeError):
-                group.close()
+        """Give all links for data up, after a failure; each rank for itself. The words go on."""
+        if self._backend == "nccl":
+            self._gate.shut(patience_s=0.0)
+            self._abort_links()  # else closing would wait for exchanges that nobody joins any more
+        for group in set(self._groups.values()):
+            _or_log(group.close)
         self._groups.clear()
         self.meter.reset()
         gc.collect()  # gloo closes its sockets when the last of its objects is gone, and peers may wait for that
 
+    def _abort_links(self) -> None:
+        """All at once: the abort of one communicator may wait for the device, and so for the kernels of the others."""
+        if groups := set(self._groups.values()):
+            with ThreadPoolExecutor(len(groups)) as threads:
+                list(threads.map(_or_log, [group.abort for group in groups]))
+
     def leave(self) -> None:
         dist.destroy_process_group()
+
+
+def _or_log(end: Callable[[], None]) -> None:
+    """Links that cannot even be ended in peace must not keep the others from it."""
+    try:
+        end()
+    except RuntimeError as error:
+        structlog.get_logger().warning("links between ranks did not end well", detail=str(error))
 
 
 @contextmanager
@@ -239,7 +261,7 @@ def join(
     # Without a name gloo and NCCL listen on whatever address the host name resolves to, which may be a public one.
     interface = _LOOPBACK if address is None else interface_of(address)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without the sign: all whose names begin so
     os.environ.update(_NCCL_LEAVES_IT_TO_US)  # whatever torchrun has put there
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -62,7 +62,7 @@ class Merge:
         if self._out is None or self._lse is None:
             self._out, self._lse = out.float(), lse
             return
-        self._out = torch.lerp(self._out, out.float(), torch.sigmoid(lse - self._lse))
+        self._out.lerp_(out.float(), torch.sigmoid(lse - self._lse))
         self._lse = torch.logaddexp(self._lse, lse)
 
     def result(self, like: torch.Tensor) -> torch.Tensor:

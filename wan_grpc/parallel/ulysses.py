@@ -45,15 +45,21 @@ class Ulysses:
         parts = range(self._num_parts)
         keys = [self._to_heads(states, part) for part in parts]
         states.clear()
-        queries = query()
-        asked = [self._to_heads([queries], part) for part in parts]
-        leaving = []
-        for (packed, arriving), (packed_queries, arriving_queries) in zip(keys, asked, strict=True):
-            arriving.wait()
-            arriving_queries.wait()
-            out = attend(*(_by_batch(states) for states in (packed_queries[:, 0], packed[:, 1], packed[:, 0])))
-            leaving.append(self._to_tokens(out))
-        return self._put_together(leaving, torch.empty_like(queries, memory_format=torch.contiguous_format))
+        states.append(query())
+        shape = states[0].shape
+        asked = [self._to_heads(states, part) for part in parts]
+        states.clear()
+        leaving = [self._to_tokens(self._attended(attend, asked.pop(0), keys.pop(0))) for _ in parts]
+        return self._put_together(leaving, leaving[0][0].new_empty(shape))
+
+    def _attended(
+        self, attend: Attend, asked: tuple[torch.Tensor, Pending], keys: tuple[torch.Tensor, Pending]
+    ) -> torch.Tensor:
+        """What has arrived, attended; nothing of it is held afterwards."""
+        for _, pending in (asked, keys):
+            pending.wait()
+        query, key, value = (_by_batch(states) for states in (asked[0][:, 0], keys[0][:, 1], keys[0][:, 0]))
+        return attend(query, key, value)
 
     def _to_heads(self, states: Sequence[torch.Tensor], part: int) -> tuple[torch.Tensor, Pending]:
         """Send each rank its heads of `states`, with this rank's tokens; all tokens of this rank's heads come back.

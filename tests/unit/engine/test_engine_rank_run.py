@@ -75,6 +75,7 @@ class Seat:
         self.links: list[str] = []
         """What became of the links for data."""
         self.aborted = threading.Event()
+        self.is_told = True
         self.meter = Meter(torch.device("cpu"))
 
     @property
@@ -327,7 +328,27 @@ def test_a_broken_exchange_is_the_fault_of_another(server: Server, logs: list[Mu
     assert [seat.words[-1] for seat in seats] == [worker.LOST, worker.FAIL]
     assert not any(isinstance(message, RankFailed) for message in server.rest())
     assert [type(message) for message in others.said] == [RankFailed]
-    assert {"event": "an exchange with other ranks broke off", "detail": "closed", "log_level": "warning"} in logs
+    said = {"event": "an exchange with other ranks broke off", "detail": "closed", "log_level": "warning"}
+    assert {**said, "exc_info": False} in logs
+
+
+def test_a_break_of_which_nobody_else_can_know(server: Server, logs: list[MutableMapping[str, Any]]) -> None:
+    """Where links tell nobody that they broke, and no call has come, the rank tells so itself."""
+    others, told = Told(), RankFailed(generation="generations/1", rank=1, failure=worker._FAILURES[worker.LOST])
+
+    class Alone(ScriptedPipeline):
+        def _maybe_raise(self, index: int) -> None:
+            assert seated.wait(10.0)
+            super()._maybe_raise(index)
+
+    seated = threading.Event()
+    pipelines = ScriptedPipeline(), Alone(ExchangeBrokenError("unhandled system error"), 4)
+    with running(server, *pipelines, others=others) as (futures, seats):
+        seats[1].is_told = False
+        seated.set()
+        assert [ended.failure for ended in ends(futures)] == [told.failure] * 2
+    assert others.said == [told]
+    assert [line["exc_info"] for line in logs] == [True]
 
 
 def test_a_link_that_breaks_by_itself(server: Server) -> None:
