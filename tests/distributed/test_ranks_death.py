@@ -169,7 +169,8 @@ async def test_ranks_that_take_too_long(tiny: Path) -> None:
     """A group that is not ready in time counts as one that failed, and its processes are gone."""
     policy = RestartPolicy(max_failures=1, start_timeout_s=0.01)
     async with live_ranks(tiny, policy=policy, wait=False) as live:
-        assert await live.engine.fatal == "1 starts of the ranks failed within 600 s; the last: not ready within 0.01 s"
+        last = "not ready within --start-timeout-s 0.01"
+        assert await live.engine.fatal == f"1 starts of the ranks failed within 600 s; the last: {last}"
         await eventually(lambda: live.pids == ())
 
 

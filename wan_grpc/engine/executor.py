@@ -5,6 +5,7 @@ Knows groups and their restarts. Does not know queues, watchers or files.
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -31,7 +32,7 @@ from wan_grpc.domain.request import VideoRequest
 from wan_grpc.domain.traffic import Traffic, busiest
 from wan_grpc.domain.variants import ModelCard
 from wan_grpc.engine.bell import Bell, rang
-from wan_grpc.engine.group import GroupEvent, GroupPlan, RankGroup, RanksDied, TakeFrame
+from wan_grpc.engine.group import GroupEvent, GroupPlan, LeftBehindError, RankGroup, RanksDied, TakeFrame
 from wan_grpc.engine.messages import (
     Cancel,
     LoadFailed,
@@ -68,6 +69,10 @@ class _Loss:
 
     cause: RestartCause
     detail: str
+    remark: str = ""
+    """For the operator alone."""
+    is_counted: bool = False
+    """Whether it is one of the failed starts after which no more is tried."""
 
 
 _Event: TypeAlias = GroupEvent | _Loss
@@ -116,6 +121,8 @@ class Executor:
         # A pipe takes little before its rank reads; pictures for a rank that is stopped must not stop this loop, too.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="rank-writer")
         self._running: _Running | None = None
+        self._left_behind = ""
+        """Of processes that do not end."""
         self.changed = Bell()
         self.detail = "the ranks are starting"
         self.ready: tuple[Ready, ...] = ()
@@ -217,7 +224,7 @@ class Executor:
             await asyncio.wait([self._on_thread])
         if self._group is not None:
             group, self._group = self._group, None
-            await asyncio.to_thread(group.stop if idle else group.kill)
+            await asyncio.to_thread(self._end, group.stop if idle else group.kill)
         await asyncio.to_thread(self._writer.shutdown)  # now that no pipe can hold it up
 
     def _dead(self, loss: _Loss) -> ServiceError:
@@ -244,9 +251,10 @@ class Executor:
                 self._restart_s = time.monotonic() - began
                 loss = await self._watch(lost)
             except _StartError as error:
-                loss = _Loss(cause=RestartCause.START_FAILED, detail=str(error))
+                is_counted = not isinstance(error, _AwaitedError)
+                loss = _Loss(cause=RestartCause.START_FAILED, detail=str(error), is_counted=is_counted)
             await self._bury(loss)
-            if loss.cause is RestartCause.START_FAILED:
+            if loss.is_counted and not self.fatal.done():
                 await self._count_failure(loss.detail)
 
     async def _watch(self, lost: "asyncio.Future[_Loss]") -> _Loss:
@@ -257,7 +265,8 @@ class Executor:
             if not lost.done():
                 has_failed = self._running is not None and self._running.failures
                 cause = RestartCause.EXCHANGE_FAILED if has_failed else RestartCause.RANK_HUNG
-                self._lose(_Loss(cause=cause, detail=hung.result()), lost)
+                hang = hung.result()
+                self._lose(_Loss(cause=cause, detail=hang.detail, remark=f" ({hang.setting})"), lost)
         finally:
             hung.cancel()
         return lost.result()
@@ -298,9 +307,17 @@ class Executor:
             async with asyncio.timeout(self._policy.start_timeout_s):
                 ready = await self._all_ready(events)
         except TimeoutError:
-            raise _StartError(f"not ready within {self._policy.start_timeout_s:g} s") from None
+            raise self._too_late(group.missing) from None
+        if lost.done():  # after the last of them was ready, and before this was told
+            raise _StartError(lost.result().detail)
         self._announce(ready, time.monotonic() - began)
         return lost
+
+    def _too_late(self, missing: tuple[int, ...]) -> "_StartError":
+        flag = f"--start-timeout-s {self._policy.start_timeout_s:g}"
+        if missing:
+            return _AwaitedError(f"{_named(missing)} have not joined within {flag}")
+        return _StartError(f"not ready within {flag}")
 
     def _is_news(self, event: GroupEvent) -> bool:
         """Take in what a rank says as soon as it is here; whether anybody else is to hear it."""
@@ -384,10 +401,20 @@ class Executor:
         for rank in range(self.plan.topology.world_size):
             self._observe(RankChanged(rank=self.first_rank + rank, up=False))
         if not self.fatal.done():
-            self._observe(GroupRestarting(cause=loss.cause, detail=loss.detail))
+            self._observe(GroupRestarting(cause=loss.cause, detail=loss.detail + loss.remark))
         if self._group is not None:
             group, self._group = self._group, None
-            await self._to_thread(group.kill)
+            await self._to_thread(functools.partial(self._end, group.kill))
+            if self._left_behind:
+                self.give_up(self._left_behind)
+
+    def _end(self, end: Callable[[], None]) -> None:
+        """On a thread: end a group, or note what does not end."""
+        try:
+            end()
+        except LeftBehindError as error:
+            self._left_behind = str(error)
+            structlog.get_logger().error("ranks were left behind", detail=self._left_behind)
 
     async def _to_thread(self, work: Callable[[], None]) -> None:
         """Run what blocks on a thread. Cancelling this leaves it running; `stop` waits for it."""
@@ -423,5 +450,17 @@ def _worst(failures: list[RankFailed]) -> RankFailed:
     return next((each for each in failures if each.failure.reason is Reason.OUT_OF_MEMORY), failures[0])
 
 
+def _named(ranks: tuple[int, ...]) -> str:
+    """Ranks of other hosts, in their order, in the words of a sentence."""
+    first, last = ranks[0], ranks[-1]
+    if last - first + 1 > len(ranks) or len(ranks) <= 2:
+        return f"ranks of other hosts ({', '.join(map(str, ranks))})"
+    return f"ranks {first} to {last} of other hosts"
+
+
 class _StartError(Exception):
     """A group that did not come to be ready."""
+
+
+class _AwaitedError(_StartError):
+    """A group that is still to be completed by other hosts, which are waited for as long as it takes."""

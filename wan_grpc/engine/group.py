@@ -11,17 +11,18 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from wan_grpc.domain.topology import Topology
 from wan_grpc.engine import messages
 from wan_grpc.engine.joining import Away, Hosts
+from wan_grpc.engine.links import hang_up
 from wan_grpc.engine.messages import Abort, FrameReady, FromRank, Head, RankConfig, SlotFreed, Stop, ToRank
 from wan_grpc.engine.shared import FrameRing, anonymous_file
 from wan_grpc.pipeline.checkpoint import Checkpoint
@@ -31,6 +32,9 @@ _context = multiprocessing.get_context("forkserver")
 
 _LAST_WORDS_S = 0.5
 """A rank's end is seen by its connections at once, and told by its host a moment later."""
+
+_END_S = 30.0
+"""For processes that were killed. One that waits for a broken device or disk cannot even be killed."""
 
 TakeFrame: TypeAlias = Callable[[memoryview], None]
 
@@ -62,6 +66,10 @@ class RanksDied:
     """At least one rank process ended without being told to. The rest of the group is of no use."""
 
     detail: str
+
+
+class LeftBehindError(Exception):
+    """Processes that do not end although they were killed."""
 
 
 GroupEvent: TypeAlias = FromRank | RanksDied
@@ -224,6 +232,11 @@ class RankGroup:
         """Of the ranks on this host, which are the first."""
         return tuple(process.pid for process in self._processes if process.pid is not None)
 
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The ranks on other hosts that have not joined."""
+        return () if self._away is None else self._away.missing
+
     def expect_frames(self, frame_bytes: int, take_frame: TakeFrame) -> None:
         """Every frame from now on has this size and goes to `take_frame`, on the reading thread. It must not raise."""
         self._frame_bytes = frame_bytes
@@ -241,7 +254,11 @@ class RankGroup:
                 lifeline.send_bytes(messages.encode(Abort(generation=generation)))
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End an idle group: ask first, then kill. Blocks until no process is left."""
+        """End an idle group: ask first, then kill. Blocks until no process is left.
+
+        Raises:
+            LeftBehindError: as `kill` does.
+        """
         self._stopping = True
         self.send(Stop())
         deadline = time.monotonic() + timeout_s
@@ -255,6 +272,9 @@ class RankGroup:
         """End every process at once and free all that the group held. Blocks until they are gone.
 
         A start that is under way on another thread is waited for: what it forks would else outlive everybody.
+
+        Raises:
+            LeftBehindError: some are not gone after half a minute.
         """
         self._stopping = True
         with self._starting:
@@ -263,10 +283,26 @@ class RankGroup:
     def _end(self) -> None:
         for process in self._processes:
             process.kill()
+        deadline = time.monotonic() + _END_S
         for process in self._processes:
-            process.join()
+            process.join(max(0.0, deadline - time.monotonic()))
         if self._hosts is not None and self._away is not None:
             self._hosts.dismiss(self._away)
+        left = {rank: p for rank, p in enumerate(self._processes, self._plan.first_rank) if p.is_alive()}
+        if left:
+            self._leave(left)
+        self._free()
+
+    def _leave(self, left: Mapping[int, ForkServerProcess]) -> NoReturn:
+        """Go on without some processes, and without what they hold."""
+        for pipe in self._pipes:
+            hang_up(pipe)  # for whoever on another thread waits for them to read
+        for process in left.values():
+            multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # else waited for at exit
+        named = " and ".join(f"rank {rank} (process {process.pid})" for rank, process in left.items())
+        raise LeftBehindError(f"{named} {'does' if len(left) == 1 else 'do'} not end")
+
+    def _free(self) -> None:
         if self._reader.is_alive():
             self._reader.join()
         if self._away is not None:

@@ -6,6 +6,7 @@ Knows how long steps took, and whether a process is stopped. Does not know pipes
 import asyncio
 import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -19,9 +20,26 @@ from wan_grpc.domain.request import VideoRequest
 _FACTOR: Final = 3.0
 _TICK_S: Final = 1.0
 _LEAST_PAUSE_S: Final = 0.01
+_NUM_REMEMBERED: Final = 3
+"""Generations of a size of which the slowest counts; what was slower before is forgotten."""
+_NUM_SIZES: Final = 32
+_LEAST_TEXT_S: Final = 1.0
+"""What takes less may be texts that were encoded before, which tell nothing."""
+_SLICE: Final = 4
+"""Pictures of one latent frame."""
 _TYPICAL_FROM: Final[Mapping[Stage, int]] = MappingProxyType({Stage.IMAGE: 3, Stage.DENOISE: 1, Stage.DECODE: 2})
 """The first step of a stage that takes as long as the ones after it. Before it come a look at the image and a slice of
 one picture, where later ones have four; and each text may or may not be one that was encoded before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What is known of the step under way."""
+
+    seconds: float
+    """That it should not exceed."""
+    measured_s: float
+    """The time, of a step that may have been smaller, from which that follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,33 +48,68 @@ class Patience:
 
     grace_s: float = 10.0
     first_step_timeout_s: float = 600.0
-    """For a step of which nothing is known."""
+    """For a step of which nothing is known; what is only guessed from smaller ones grants no more."""
+
+    def bound_s(self, expected: Expected | None) -> float:
+        if expected is None:
+            return self.first_step_timeout_s
+        return min(_FACTOR * expected.seconds, self._most_s(expected)) + self.grace_s
+
+    def is_guess(self, expected: Expected) -> bool:
+        """Whether so much is expected that it is not granted."""
+        return _FACTOR * expected.seconds > self._most_s(expected)
+
+    def _most_s(self, expected: Expected) -> float:
+        return max(self.first_step_timeout_s, _FACTOR * expected.measured_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hang:
+    """Ranks that are given up."""
+
+    detail: str
+    """A sentence for everybody."""
+    setting: str
+    """What allows more, for the operator."""
+
+    def __str__(self) -> str:
+        return f"{self.detail} ({self.setting})"
 
 
 @dataclass(slots=True)
 class StepTimes:
-    """The longest step of each stage, as it was when a group did it for the first time, and as it was last."""
+    """The longest steps of the last generations: by stage, whether ranks did such for the first time, and work."""
 
-    _longest: dict[tuple[Stage, bool], tuple[float, float]] = field(default_factory=dict)
+    _longest: dict[tuple[Stage, bool], dict[float, deque[float]]] = field(default_factory=dict)
 
     def learn(self, stage: Stage, video: VideoRequest, seconds: float, *, is_first: bool) -> None:
-        """The longest step of this stage of `video`. `is_first`: on a group that had not done the stage before."""
-        is_first = is_first or stage is Stage.TEXT  # a text that was encoded before tells nothing of the next one
-        known = self._longest.get((stage, is_first))
-        if known is None or seconds > known[1] or not is_first:
-            self._longest[stage, is_first] = (_work(stage, video), seconds)
+        """The longest step of this stage of `video`. `is_first`: on a group that had not done such a one before."""
+        sizes = self._longest.setdefault(_key(stage, is_first=is_first), {})
+        work = _work(stage, video)
+        last = sizes.pop(work, deque(maxlen=_NUM_REMEMBERED))
+        if stage is not Stage.TEXT or seconds >= _LEAST_TEXT_S or not last:
+            last.append(seconds)
+        sizes[work] = last  # the latest at the end
+        if len(sizes) > _NUM_SIZES:
+            del sizes[next(iter(sizes))]
 
-    def expect(self, stage: Stage, video: VideoRequest, *, is_first: bool) -> float | None:
-        """Seconds that no step should exceed; None before one was timed.
+    def expect(self, stage: Stage, video: VideoRequest, *, is_first: bool) -> Expected | None:
+        """What no step should exceed; None before one was timed.
 
-        More work takes longer by the square of it, as attention does; less is not relied on to be faster.
+        More work takes longer by the square of it, as attention does; less is not relied on to be faster. Of all that
+        can be concluded so, the least holds.
         """
-        is_known = (stage, is_first) in self._longest
-        known = self._longest.get((stage, is_first if is_known else True))
-        if known is None:
-            return None
-        work, seconds = known
-        return seconds * max(1.0, _work(stage, video) / work) ** 2
+        sizes = self._longest.get(_key(stage, is_first=is_first)) or self._longest.get(_key(stage, is_first=True), {})
+        work = _work(stage, video)
+        concluded = (
+            Expected(seconds=max(last) * max(1.0, work / known) ** 2, measured_s=max(last))
+            for known, last in sizes.items()
+        )
+        return min(concluded, key=lambda expected: expected.seconds, default=None)
+
+
+def _key(stage: Stage, *, is_first: bool) -> tuple[Stage, bool]:
+    return stage, is_first or stage is Stage.TEXT  # a text that was encoded before tells nothing of the next one
 
 
 def _is_typical(progress: Progress) -> bool:
@@ -65,7 +118,18 @@ def _is_typical(progress: Progress) -> bool:
 
 
 def _work(stage: Stage, video: VideoRequest) -> float:
-    return 1.0 if stage is Stage.TEXT else float(video.width * video.height * video.num_frames)
+    """Of one step, in whatever unit."""
+    area = video.width * video.height
+    match stage:
+        case Stage.DENOISE:
+            return float(area * ((video.num_frames - 1) // _SLICE + 1))
+        case Stage.IMAGE | Stage.DECODE:
+            return float(area * min(video.num_frames, _SLICE))  # the whole of a single picture is the first slice
+    return 1.0
+
+
+def _shape(stage: Stage, video: VideoRequest) -> tuple[Stage, int, int, int]:
+    return stage, video.width, video.height, video.num_frames
 
 
 class Watchdog:
@@ -81,7 +145,7 @@ class Watchdog:
         self._last_s = 0.0
         self._longest: dict[Stage, float] = {}
         self._stages_timed: set[Stage] = set()
-        self._stages_done: set[Stage] = set()
+        self._shapes_done: set[tuple[Stage, int, int, int]] = set()
         self._awaited = ""
         self._since = self._now()
         self._stopped_s: dict[int, float] = {}
@@ -122,9 +186,13 @@ class Watchdog:
         """The ranks are free: nothing is expected of them."""
         assert self._video is not None
         for stage in self._stages_timed:
-            self._times.learn(stage, self._video, self._longest[stage], is_first=stage not in self._stages_done)
-        self._stages_done |= self._stages_timed
+            self._times.learn(stage, self._video, self._longest[stage], is_first=self._is_first(stage, self._video))
+        self._shapes_done |= {_shape(stage, self._video) for stage in self._stages_timed}
         self._video = None
+
+    def _is_first(self, stage: Stage, video: VideoRequest) -> bool:
+        """Whether these ranks warm up for it: also those that are warm choose kernels for each new shape."""
+        return _shape(stage, video) not in self._shapes_done
 
     def watched(self, take_frame: Callable[[memoryview], None]) -> Callable[[memoryview], None]:
         """`take_frame`, for the thread that reads the ranks. A frame is progress, and its taking is not their time."""
@@ -141,8 +209,8 @@ class Watchdog:
 
     # ---- the watch --------------------------------------------------------------------------------------------------
 
-    async def until_hung(self) -> str:
-        """Return when the ranks hang, with a sentence about it."""
+    async def until_hung(self) -> Hang:
+        """Return when the ranks hang."""
         while True:
             pause_s = max(_LEAST_PAUSE_S, min(_TICK_S, self._bound_s() - self._silent_s()))
             before = self._now()
@@ -152,52 +220,60 @@ class Watchdog:
                 self._since = min(self._now(), self._since + passed_s)
                 continue
             self._look(passed_s)
-            if sentence := self._verdict():
-                return sentence
+            if hang := self._verdict():
+                return hang
 
     def _look(self, passed_s: float) -> None:
         if self._is_taking or self._num_taken != self._num_taken_before:
             self._num_taken_before = self._num_taken
             self._since = self._now()
         before = self._stopped_s
-        stopped = [rank for rank, pid in self._pids().items() if _is_stopped(pid)]
+        stopped = [rank for rank, pid in self._pids().items() if is_stopped(pid)]
         self._stopped_s = {rank: before[rank] + passed_s if rank in before else 0.0 for rank in stopped}
 
-    def _verdict(self) -> str:
-        expected_s, silent_s = self._expected_s(), self._silent_s()
-        stopped = [f"rank {rank} (process {self._pids()[rank]})" for rank in self._stopped_s]
-        if silent_s >= self._bound_s():
-            usual = (
-                f"{self._patience.first_step_timeout_s:g} s are allowed for a step that was never timed"
-                if expected_s is None
-                else f"it was expected within {expected_s:.3g} s"
-            )
-            named = "".join(f"; {rank} is stopped" for rank in stopped)
-            return f"no {self._awaited} came for {silent_s:.3g} s, and {usual}{named}"
+    def _verdict(self) -> Hang | None:
+        if self._silent_s() >= self._bound_s():
+            return self._silence(self._silent_s(), self._expected())
         longest_s = max(self._stopped_s.values(), default=0.0)
-        if expected_s is None and longest_s >= self._patience.grace_s:
-            return f"{' and '.join(stopped)} did not run for {longest_s:.3g} s: stopped by a signal or a debugger"
-        return ""
+        if longest_s >= self._patience.grace_s:
+            detail = f"{' and '.join(self._stopped())} did not run for {longest_s:.3g} s"
+            return Hang(detail=f"{detail}: stopped by a signal or a debugger", setting=self._grace())
+        return None
+
+    def _silence(self, silent_s: float, expected: Expected | None) -> Hang:
+        setting = "--first-step-timeout-s"
+        if expected is None:
+            usual = f"{self._patience.first_step_timeout_s:g} s are allowed for a step that was never timed"
+        elif self._patience.is_guess(expected):
+            bound_s = self._bound_s()
+            usual = f"{bound_s:.3g} s are allowed for a step of which only smaller ones were timed"
+        else:
+            usual = f"it was expected within {expected.seconds:.3g} s"
+            setting = f"allowed are {_FACTOR:g} times that and {self._grace()}"
+        named = "".join(f"; {rank} is stopped" for rank in self._stopped())
+        return Hang(detail=f"no {self._awaited} came for {silent_s:.3g} s, and {usual}{named}", setting=setting)
+
+    def _stopped(self) -> list[str]:
+        return [f"rank {rank} (process {self._pids()[rank]})" for rank in self._stopped_s]
+
+    def _grace(self) -> str:
+        return f"--watchdog-grace-s {self._patience.grace_s:g}"
 
     def _bound_s(self) -> float:
-        if self._video is None:
-            return math.inf
-        expected_s = self._expected_s()
-        if expected_s is None:
-            return self._patience.first_step_timeout_s
-        return _FACTOR * expected_s + self._patience.grace_s
+        return math.inf if self._video is None else self._patience.bound_s(self._expected())
 
-    def _expected_s(self) -> float | None:
+    def _expected(self) -> Expected | None:
         """How long the step under way should take; None while that is not known, and when there is none."""
         if self._video is None:
             return None
-        stage = self._last.stage
+        stage, last_s = self._last.stage, self._last_s
         if _is_typical(self._last):
-            return self._last_s
-        known_s = self._times.expect(stage, self._video, is_first=stage not in self._stages_done)
-        if self._last.step == self._last.total_steps:
-            return max(self._last_s, known_s or 0.0)  # what follows a stage is less than a step of it
-        return None if known_s is None else max(self._last_s, known_s)
+            return Expected(seconds=last_s, measured_s=last_s)
+        known = self._times.expect(stage, self._video, is_first=self._is_first(stage, self._video))
+        if known is None:  # what follows a stage is less than a step of it
+            is_over = self._last.step == self._last.total_steps
+            return Expected(seconds=last_s, measured_s=last_s) if is_over else None
+        return Expected(seconds=max(last_s, known.seconds), measured_s=max(last_s, known.measured_s))
 
     def _silent_s(self) -> float:
         return self._now() - self._since
@@ -206,7 +282,7 @@ class Watchdog:
         return asyncio.get_running_loop().time()
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
     """Whether a process does not run because of a signal or a debugger."""
     with contextlib.suppress(psutil.Error):  # one that has ended is found by others
         return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)

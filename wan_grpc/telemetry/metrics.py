@@ -82,9 +82,7 @@ class Metrics:
         self._frames = self._counter("wan_frames", "Frames decoded.")
         self._sent = self._counter("wan_sent_bytes", "Video bytes handed to watchers and downloads.")
         self._restarts = self._counter("wan_rank_restarts", "Times the ranks had to be started again.", ["cause"])
-        self._faults = self._counter(
-            "wan_rank_failures", "Generations that raised on a rank, which lived on.", ["reason"]
-        )
+        self._faults = self._counter("wan_rank_failures", "Ranks that raised in a generation and lived on.", ["reason"])
         self._recoveries = self._histogram(
             "wan_recovery_seconds",
             "From a rank found dead or hung, or failed, until the ranks could work again.",

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from wan_grpc.domain.topology import Topology
-from wan_grpc.engine.group import GroupEvent, GroupPlan, HandedOver, RankGroup, RanksDied
-from wan_grpc.engine.messages import Abort, decode_abort
+from wan_grpc.engine.group import GroupEvent, GroupPlan, HandedOver, LeftBehindError, RankGroup, RanksDied
+from wan_grpc.engine.messages import Abort, Cancel, decode_abort
 from wan_grpc.pipeline.checkpoint import Checkpoint
 
 context = multiprocessing.get_context("forkserver")
@@ -80,6 +80,39 @@ def test_a_kill_waits_for_a_start_that_is_under_way(tmp_path: Path, monkeypatch:
     assert process.exitcode == -signal.SIGKILL
     group.start()
     assert group.pids == (process.pid,)
+
+
+class Undying:
+    """A process that not even SIGKILL ends."""
+
+    pid = 123
+
+    def kill(self) -> None: ...
+
+    def join(self, timeout_s: float) -> None:
+        time.sleep(timeout_s)
+
+    def is_alive(self) -> bool:
+        return True
+
+
+def test_a_process_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill names it in the end; whoever waits for it to read is let go, and the interpreter does not wait for it."""
+    monkeypatch.setattr("wan_grpc.engine.group._END_S", 0.1)
+    group = RankGroup(replace(plan(tmp_path), first_rank=2), lambda _: None)
+    undying, (ours, theirs) = Undying(), context.Pipe()
+    multiprocessing.process._children.add(undying)  # type: ignore[attr-defined]
+    group._processes += [undying, Undying()]  # type: ignore[list-item]
+    group._pipes.append(ours)
+    writing = threading.Thread(target=group.send, args=(Cancel(generation="x" * 10_000_000),))
+    writing.start()
+    with pytest.raises(LeftBehindError, match=r"rank 2 \(process 123\) and rank 3 \(process 123\) do not end"):
+        group.kill()
+    writing.join(10)
+    assert not writing.is_alive()
+    assert undying not in multiprocessing.process._children  # type: ignore[attr-defined]
+    ours.close()
+    theirs.close()
 
 
 def test_every_rank_is_called_out(tmp_path: Path) -> None:
