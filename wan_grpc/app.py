@@ -163,6 +163,8 @@ async def composed_engine(
         try:
             yield engine
         finally:
+            if hosts is not None and engine.fatal.done():
+                hosts.give_up()
             await engine.stop()
 
 
@@ -293,6 +295,8 @@ def refuse_wrong_hosts(settings: RankSettings) -> None:
             read_secret(settings.join_secret_file)
         except ValueError as error:
             problems.append(f"--join-secret-file: {error}")
+        except OSError as error:
+            problems.append(f"--join-secret-file: {settings.join_secret_file}: cannot be read: {error.strerror}")
     if settings.nnodes > 1 and settings.replicas > 1:
         problems.append(f"--replicas: {settings.replicas}, but the ranks of --nnodes {settings.nnodes} are one group")
     if settings.num_gpus % settings.nnodes:
@@ -317,8 +321,14 @@ def _other_hosts(settings: RankSettings) -> Iterator[Hosts | None]:
         )
     except ValueError as error:
         raise UsageError([f"--join-address: {error}, not {settings.join_address!r}"]) from error
+    except OSError as error:
+        raise UsageError([f"--join-address: {settings.join_address}: {error.strerror or error}"]) from error
     with closing(hosts):
-        yield hosts
+        try:
+            yield hosts
+        except Exception:
+            hosts.give_up()
+            raise
 
 
 def _restart_policy(settings: RankSettings) -> RestartPolicy:

@@ -260,6 +260,8 @@ def _join(settings: "JoinSettings") -> int:
         secret = read_secret(settings.secret_file)
     except ValueError as error:
         raise UsageError([f"--secret-file: {error}"]) from error
+    except OSError as error:
+        raise UsageError([f"--secret-file: {settings.secret_file}: cannot be read: {error.strerror}"]) from error
     logs.configure(level=settings.log_level, log_format=settings.log_format)
     place = Place(
         server=Endpoint(host=host, port=port),

@@ -1,10 +1,13 @@
 import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 
 from tests.distributed.live import HEARD_S, Live, is_gone
 from tests.distributed.two_hosts import TwoHosts, two_hosts
-from tests.functional.live import ROOT, LiveServer, environment, eventually, start_server
+from tests.functional.live import ROOT, LiveServer, command, environment, eventually, start_server
 from wan_grpc.v1 import generation_pb2 as pb
 
 TORCHRUN = ROOT / ".venv" / "bin" / "torchrun"
@@ -173,6 +176,59 @@ def test_the_death_of_the_servers_own_rank_ends_that_on_the_other_host(pair: Pai
     pair.server.make(SMALL)
 
 
+def test_strangers_keep_no_rank_away(pair: Pair) -> None:
+    """While more idle connections than there is room for come again and again, a group starts and makes the video."""
+    before = bytes(pair.server.make(SMALL).video)
+    num_restarts = len(pair.told("ranks are being started again"))
+    host, port = str(pair.told("listening for ranks of other hosts")[0]["join_address"]).rsplit(":", 1)
+    with idle_connections(host, int(port), count=80):
+        eventually(
+            lambda: pair.told("too many connections to the join address prove nothing: the first to come were closed")
+        )
+        pair.server.ranks()[-1].kill()
+        eventually(lambda: len(pair.told("ranks are being started again")) > num_restarts)
+        pair.server.until_ready()
+        assert bytes(pair.server.make(SMALL).video) == before
+    assert len(pair.told("ranks are being started again")) == num_restarts + 1
+
+
+@contextlib.contextmanager
+def idle_connections(host: str, port: int, *, count: int) -> Iterator[None]:
+    """So many at a time; for each that is closed there comes another one."""
+    done, open_ones = threading.Event(), list[socket.socket]()
+
+    def keep_coming() -> None:
+        while not done.wait(0.02):
+            for one in wait_for(open_ones, 0.0):
+                with contextlib.suppress(OSError):
+                    if one.recv(1000):
+                        continue
+                open_ones.remove(one)
+                one.close()
+            while len(open_ones) < count:
+                open_ones.append(socket.create_connection((host, port), timeout=10))
+
+    thread = threading.Thread(target=keep_coming)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for one in open_ones:
+            one.close()
+
+
+def test_an_idle_rank_on_another_host_that_is_stopped(pair: Pair) -> None:
+    """It is found though nothing is asked of it, and the group is started again."""
+    rank = pair.remote_rank()
+    rank.suspend()
+    eventually(lambda: "did not run for 10 s: stopped by a signal or a debugger" in pair.server.log())
+    eventually(lambda: is_gone(rank.pid), within_s=HEARD_S)
+    pair.server.until_ready()
+    pair.server.make(SMALL)
+
+
 def test_nothing_on_another_host_outlives_a_killed_server(pair: Pair) -> None:
     """Its ranks there end within seconds, in the middle of a video, and what has joined looks for a server again."""
     stream = pair.server.generate(LONG)
@@ -195,3 +251,24 @@ def test_a_server_that_is_started_again_has_its_ranks_back(pair: Pair) -> None:
     assert pair.server.wait() == 0
     assert pair.torchrun.wait(30) == 0
     assert all(is_gone(process.pid) for process in family)
+
+
+def test_a_server_that_cannot_work_is_no_peace(tiny: Path, tmp_path: Path) -> None:
+    """It ends with 1, and what has joined looks for another one for as long as it was told, and ends with 1, too."""
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef\n", encoding="utf-8")
+    secret.chmod(0o600)
+    hosts = ("--nnodes", "2", "--num-gpus", "2", "--join-address", "127.0.0.1:0", "--join-secret-file", str(secret))
+    flags = ("--model-path", str(tiny), "--cpu-threads", "1", "--drain-window-s", "0", *hosts)
+    server = start_server(tmp_path, *flags, spool_dir=tmp_path / "spool")
+    with contextlib.closing(server):
+        (line,) = [line for line in server.log_lines() if line["event"] == "listening for ranks of other hosts"]
+        joins = command("join", "--address", str(line["join_address"]), "--secret-file", str(secret))
+        flags = ("--model-path", str(tmp_path / "nowhere"), "--give-up-after-s", "2")
+        joined = subprocess.run(
+            [*joins, *flags], env=environment(), capture_output=True, text=True, timeout=100, check=False
+        )
+        assert server.wait() == 1
+    assert joined.returncode == 1, joined.stderr
+    assert "not joined for 2 s" in joined.stderr
+    assert "the server has stopped" not in joined.stderr

@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def test_what_is_told_of_replicas(replicas: LiveServer) -> None:
 def test_one_replica_dies(live: LiveServer, replicas: LiveServer) -> None:
     """Its caller is told at once; the other generation goes on to its end, and the service is ready all the time."""
     health = health_pb2_grpc.HealthStub(replicas.new_channel()).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
-    assert next(health).status == SERVING
+    told: list[int] = []
+    watching = threading.Thread(target=keep_statuses, args=(health, told))
+    watching.start()
+    eventually(lambda: told)
     streams = [replicas.generate(long_spec(num_inference_steps=30, seed=seed)) for seed in (1, 2)]
     for stream in streams:
         stream.until(stage(pb.STAGE_DENOISE, 1))
@@ -92,16 +96,15 @@ def test_one_replica_dies(live: LiveServer, replicas: LiveServer) -> None:
     assert replicas.scrape().value("wan_rank_restarts_total") == 1
     assert [replicas.scrape().value("wan_rank_up", rank=rank) for rank in ("0", "1")] == [1, 1]
     health.cancel()
-    assert changes_in(health) == []
+    watching.join()
+    assert told == [SERVING]
 
 
-def changes_in(health: Any) -> list[int]:
-    """What a watch that was cancelled has told before."""
-    told: list[int] = []
+def keep_statuses(health: Any, told: list[int]) -> None:
+    """Note what a watch tells, when it tells it, until it is cancelled: what it has kept by then is lost."""
     with contextlib.suppress(grpc.RpcError):
         for answer in health:
             told.append(answer.status)
-    return told
 
 
 def test_generate_on_replicas(tmp_path: Path) -> None:

@@ -112,6 +112,10 @@ def test_a_place_that_cannot_be(rank: str, size: str) -> None:
             {"nnodes": 2, "num_gpus": 2, "join_address": "10.0.0.1:1", "join_secret_file": "OPEN"},
             ["--join-secret-file: OPEN: everybody on this host has access to it; `chmod o= OPEN` mends that"],
         ),
+        (
+            {"nnodes": 2, "num_gpus": 2, "join_address": "10.0.0.1:1", "join_secret_file": "MISSING"},
+            ["--join-secret-file: MISSING: cannot be read: No such file or directory"],
+        ),
     ],
 )
 def test_what_hosts_need(values: dict[str, Any], problems: list[str], tmp_path: Path) -> None:
@@ -149,6 +153,31 @@ def test_a_server_listens_for_hosts_only_when_it_is_told_to(secret: Path) -> Non
         pass
 
 
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [("192.0.2.1:0", "Cannot assign requested address"), ("nohost.invalid:0", "not known|failure")],
+)
+def test_an_address_that_cannot_be_had_is_told_by_the_flag(address: str, problem: str, secret: Path) -> None:
+    """One that this host does not have, and a name that nobody knows, are wrong usage."""
+    values: dict[str, Any] = {"nnodes": 2, "num_gpus": 4, "join_secret_file": secret, "join_address": address}
+    with (
+        pytest.raises(UsageError, match=f"--join-address: {address}: .*({problem})"),
+        _other_hosts(ServeSettings(**values)),
+    ):
+        pass
+
+
+def test_a_server_that_fails_does_not_say_goodbye(secret: Path) -> None:
+    """Whatever ends it but peace, the other hosts are to look for the next one."""
+    values: dict[str, Any] = {"nnodes": 2, "num_gpus": 4, "join_secret_file": secret, "join_address": "127.0.0.1:0"}
+    with _other_hosts(ServeSettings(**values)) as hosts:
+        assert hosts is not None
+    assert hosts._is_at_peace
+    with pytest.raises(OSError, match="the port is taken"), _other_hosts(ServeSettings(**values)) as hosts:
+        raise OSError("the port is taken")
+    assert hosts is not None and not hosts._is_at_peace
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +200,11 @@ def test_it_is_what_torchrun_can_start(secret: Path) -> None:
     ("change", "code", "line"),
     [
         ({"content": b"too short"}, 2, "wan-grpc join: --secret-file: {path}: must hold 16 to 4096 bytes"),
-        ({"content": None}, 1, "wan-grpc join: {path}: No such file or directory"),
+        (
+            {"content": None},
+            2,
+            "wan-grpc join: --secret-file: {path}: cannot be read: No such file or directory",
+        ),
         ({"content": b"another secret, of good length"}, 1, "wan-grpc join: the server at {at} knows another secret"),
         ({"node_rank": "2"}, 1, "wan-grpc join: node rank 2 is none of 1 to 1"),
     ],

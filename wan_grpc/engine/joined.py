@@ -31,11 +31,15 @@ from wan_grpc.engine.lifeline import end_with_parent
 from wan_grpc.engine.links import Endpoint
 from wan_grpc.engine.messages import Head, LoadFailed, RankConfig
 from wan_grpc.engine.shared import FrameRing, anonymous_file
+from wan_grpc.engine.watchdog import is_stopped
 from wan_grpc.pipeline.checkpoint import Checkpoint, locate
 from wan_grpc.pipeline.fingerprint import fingerprint
 
 _context = multiprocessing.get_context("fork")
 _PAUSE_S: Final = 1.0
+_TICK_S: Final = 1.0
+_MOST_STOPPED_TICKS: Final = 10
+"""As many seconds as the server allows a rank of its own by default."""
 
 log = structlog.stdlib.get_logger("wan_grpc")
 
@@ -98,7 +102,10 @@ def _attend(place: Place, rank: "_Rank") -> bool:
     with closing(control), contextlib.suppress(OSError, EOFError), closing(rank):
         control.send_bytes(words.encode(_join(place)))
         while True:
-            if rank.ended_in(connection.wait([control, *rank.sentinels])):
+            happened = connection.wait([control, *rank.sentinels], _TICK_S)
+            if not happened:
+                rank.look()
+            elif rank.ended_in(happened):
                 control.send_bytes(words.encode(rank.bury()))
             elif _obey(words.decode_to_host(control.recv_bytes()), rank, control):
                 return True
@@ -141,6 +148,7 @@ class _Rank:
         self._place = place
         self._process: ForkProcess | None = None
         self._group = ""
+        self._num_stopped_ticks = 0
 
     @property
     def sentinels(self) -> list[int]:
@@ -152,12 +160,20 @@ class _Rank:
     def start(self, start: Start, control: Connection) -> None:
         """Fork a rank, in place of any former one."""
         self.close()
-        self._group = start.group
+        self._group, self._num_stopped_ticks = start.group, 0
         self._process = _context.Process(
             target=_be_rank, args=(self._place, start, control, os.getpid()), name=f"wan-rank-{start.rank}", daemon=True
         )
         self._process.start()
         log.info("the rank was started", pid=self._process.pid)
+
+    def look(self) -> None:
+        """Kill a process that does not run: its peers wait for it, and the server does not see it. Once a tick."""
+        pid = self._process.pid if self._process is not None else None
+        is_stopped_now = pid is not None and is_stopped(pid)
+        self._num_stopped_ticks = self._num_stopped_ticks + 1 if is_stopped_now else 0
+        if self._process is not None and self._num_stopped_ticks == _MOST_STOPPED_TICKS:
+            self._process.kill()
 
     def end(self, group: str) -> None:
         if group == self._group:
@@ -168,6 +184,9 @@ class _Rank:
         assert self._process is not None
         self._process.join()
         detail = how_it_ended(self._process.exitcode or 0)
+        if self._num_stopped_ticks >= _MOST_STOPPED_TICKS:
+            stopped_s = self._num_stopped_ticks * _TICK_S
+            detail = f"did not run for {stopped_s:g} s: stopped by a signal or a debugger"
         log.info("the rank has ended", detail=detail)
         ended = Ended(group=self._group, detail=detail)
         self.close()
@@ -207,7 +226,7 @@ def _be_rank(place: Place, start: Start, control: Connection, parent: int) -> No
 
 
 def _attach(place: Place, start: Start, link: Literal["pipe", "lifeline"]) -> Connection:
-    attached = links.dial(place.server, place.secret)
+    attached = links.keep_dialling(place.server, place.secret)
     attached.send_bytes(words.encode(Attach(group=start.group, rank=start.rank, link=link)))
     return attached
 

@@ -4,6 +4,7 @@ Knows the listening socket, its threads and the seats of the group. Does not kno
 """
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -24,7 +25,8 @@ from wan_grpc.engine.links import Endpoint, RefusedError, hang_up
 from wan_grpc.engine.rendezvous import StoreServer
 
 _MOST_STRANGERS: Final = 64
-"""Connections at a time that have not proven themselves yet; more are closed at once."""
+"""Connections at a time that have not proven themselves yet."""
+_TOLD_EVERY_S: Final = 10.0
 _PAUSE_S: Final = 1.0
 _FAREWELL_S: Final = 2.0
 _WILDCARDS: Final = ("0.0.0.0", "::", "")
@@ -65,6 +67,12 @@ class Away:
     @property
     def is_closed(self) -> bool:
         return self._is_closed
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The ranks that no host has been told to start."""
+        with self._changed:
+            return tuple(sorted(self.configs.keys() - self._hosts.keys()))
 
     def answer(self) -> list[Arrived]:
         """Silence the bell: who has arrived since."""
@@ -133,6 +141,49 @@ class Away:
         self._changed.notify_all()
 
 
+class _Strangers:
+    """The connections that have not proven themselves yet, from the one that has waited longest.
+
+    A proof takes milliseconds: where there is no room for another one, the first has none to give, and makes way.
+    """
+
+    def __init__(self, most: int = _MOST_STRANGERS) -> None:
+        self._most = most
+        self._guard = threading.Lock()
+        self._waiting: dict[socket.socket, socket.socket] = {}
+        """Each with a copy, which can be shut down whatever its own thread does to it meanwhile."""
+        self._num_sent_away = 0
+        self._told = -math.inf
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def take_in(self, accepted: socket.socket) -> None:
+        copy = accepted.dup()
+        with self._guard:
+            if len(self._waiting) >= self._most:
+                self._send_away(next(iter(self._waiting)))
+            self._waiting[accepted] = copy
+
+    def let_go(self, accepted: socket.socket) -> bool:
+        """No stranger any more, or gone; False if it had to make way before."""
+        with self._guard:
+            copy = self._waiting.pop(accepted, None)
+        if copy is None:
+            return False
+        copy.close()
+        return True
+
+    def _send_away(self, first: socket.socket) -> None:
+        with self._waiting.pop(first) as copy, contextlib.suppress(OSError):  # it may have left by itself
+            copy.shutdown(socket.SHUT_RDWR)
+        self._num_sent_away += 1
+        if time.monotonic() - self._told >= _TOLD_EVERY_S:
+            told = "too many connections to the join address prove nothing: the first to come were closed"
+            log.warning(told, num_closed=self._num_sent_away, num_open=self._most)
+            self._num_sent_away, self._told = 0, time.monotonic()
+
+
 @dataclass(slots=True, kw_only=True)
 class _Seat:
     """A process on another host that starts one rank of each group."""
@@ -180,7 +231,8 @@ class Hosts:
         self.at = Endpoint(host=self._socket.getsockname()[0], port=self._socket.getsockname()[1])
         self._guard = threading.Condition()
         self._seats = _Seats()
-        self._strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
+        self._strangers = _Strangers()
+        self._is_at_peace = True
         self._closing, self._close = Pipe(duplex=False)
         self._listener = threading.Thread(target=self._listen, name="join-listener", daemon=True)
         self._listener.start()
@@ -209,14 +261,22 @@ class Hosts:
                     _tell(seat.control, words.End(group=away.group))
         away.close()
 
+    def give_up(self) -> None:
+        """The server is about to end because it cannot work: who has joined shall look for the next one."""
+        self._is_at_peace = False
+
     def close(self) -> None:
-        """Listen no more, and tell everybody who has joined that there will be no further group."""
+        """Listen no more, and tell everybody who has joined that there will be no further group.
+
+        After `give_up` they are told nothing, and take it that the server has died.
+        """
         self._close.send_bytes(b"")
         self._listener.join()
         with self._guard:
-            for seat in self._seats.taken.values():
-                _tell(seat.control, words.Leave())
-            self._guard.wait_for(lambda: not self._seats.taken, _FAREWELL_S)  # what is cut off may go unheard
+            if self._is_at_peace:
+                for seat in self._seats.taken.values():
+                    _tell(seat.control, words.Leave())
+                self._guard.wait_for(lambda: not self._seats.taken, _FAREWELL_S)  # what is cut off may go unheard
             for seat in self._seats.taken.values():
                 hang_up(seat.control)
         self._socket.close()
@@ -226,30 +286,46 @@ class Hosts:
     def _listen(self) -> None:
         while self._closing not in connection.wait([self._closing, self._socket]):
             try:
-                accepted, address = self._socket.accept()
-            except OSError as error:  # too many open files, or the other end has left already
+                self._accept()
+            except (OSError, RuntimeError) as error:  # too many files or threads, or the other end has left already
                 log.warning("a connection to the join address cannot be taken", detail=str(error))
                 time.sleep(_PAUSE_S)
-                continue
-            if not self._strangers.acquire(blocking=False):
-                accepted.close()
-                continue
-            threading.Thread(
-                target=self._meet, args=(accepted, address[0]), name=f"join-{address[0]}", daemon=True
-            ).start()
+
+    def _accept(self) -> None:
+        accepted, (host, *_) = self._socket.accept()
+        try:
+            self._strangers.take_in(accepted)
+            threading.Thread(target=self._meet, args=(accepted, host), name=f"join-{host}", daemon=True).start()
+        except BaseException:
+            self._strangers.let_go(accepted)
+            accepted.close()
+            raise
 
     def _meet(self, accepted: socket.socket, host: str) -> None:
         """One connection, to its end or until a group has it."""
-        try:
-            link = links.greet(accepted, self.secret, patience_s=self._patience_s)
-            hello = self._hear(link)
-        except (RefusedError, OSError, EOFError, msgspec.MsgspecError) as error:
-            log.warning("a connection to the join address was refused", peer=host, detail=str(error) or repr(error))
+        link = self._greet(accepted, host)
+        if link is None:
             return
-        finally:
-            self._strangers.release()
+        try:
+            hello = self._hear(link)
+        except (OSError, EOFError, msgspec.MsgspecError) as error:
+            _tell_of_refusal(host, error)
+            return
         if not self._take_in(hello, link, host):
             link.close()
+
+    def _greet(self, accepted: socket.socket, host: str) -> Connection | None:
+        """The connection, once it is no stranger's any more."""
+        try:
+            link = links.greet(accepted, self.secret, patience_s=self._patience_s)
+        except (RefusedError, OSError) as error:
+            if self._strangers.let_go(accepted):  # those that had to make way are told of together
+                _tell_of_refusal(host, error)
+            return None
+        if not self._strangers.let_go(accepted):
+            link.close()
+            return None
+        return link
 
     def _hear(self, link: Connection) -> Hello:
         try:
@@ -341,6 +417,10 @@ class Hosts:
             group=away.group, rank=seat.rank, config=away.configs[seat.rank], fingerprint=away.fingerprint
         )
         _tell(seat.control, start)
+
+
+def _tell_of_refusal(host: str, error: Exception) -> None:
+    log.warning("a connection to the join address was refused", peer=host, detail=str(error) or repr(error))
 
 
 def _tell(control: Connection, message: words.ToHost) -> None:

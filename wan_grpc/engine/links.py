@@ -18,6 +18,8 @@ from typing import Final
 LEAST_SECRET_BYTES: Final = 16
 PATIENCE_S: Final = 10.0
 """For the whole of a proof, so that nobody can hold a connection open without knowing the secret."""
+_DIAL_FOR_S: Final = 30.0
+_DIAL_PAUSE_S: Final = 0.2
 _GREETING: Final = b"wan-grpc joins 1"
 _NONCE_BYTES: Final = 32
 _PROOF_BYTES: Final = hashlib.sha256().digest_size
@@ -115,6 +117,18 @@ def dial(to: Endpoint, secret: bytes, *, patience_s: float = PATIENCE_S) -> Conn
         dialled.close()
         raise
     return _connection(dialled)
+
+
+def keep_dialling(to: Endpoint, secret: bytes, *, for_s: float = _DIAL_FOR_S) -> Connection:
+    """As `dial`, for those to whom a connection that breaks off would be the end: for so long they try again."""
+    until = time.monotonic() + for_s
+    while True:
+        try:
+            return dial(to, secret)
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(_DIAL_PAUSE_S)
 
 
 def own_address(link: Connection) -> str:

@@ -8,6 +8,9 @@ import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
+import msgspec
+import structlog
+
 from wan_grpc.engine import joining_messages, links
 from wan_grpc.engine.links import Endpoint, hang_up
 from wan_grpc.engine.messages import Head
@@ -16,15 +19,17 @@ from wan_grpc.parallel.relay import Add, Answer, Ask, Check, CompareSet, Count, 
 
 Value = bytes | int | bool | None
 
+log = structlog.stdlib.get_logger("wan_grpc")
+
 
 def dial_store(head: Head) -> Connection:
-    """One more connection to the store of a group, for a rank of it.
+    """One more connection to the store of a group, for a rank of it. Tries again for half a minute.
 
     Raises:
         OSError: the server is gone.
         RefusedError: the secret is another one by now.
     """
-    link = links.dial(Endpoint(host=head.host, port=head.port), head.secret)
+    link = links.keep_dialling(Endpoint(host=head.host, port=head.port), head.secret)
     link.send_bytes(joining_messages.encode(joining_messages.UseStore(group=head.group)))
     return link
 
@@ -48,6 +53,8 @@ class StoreServer:
             with contextlib.suppress(OSError, EOFError):
                 while True:
                     link.send_bytes(relay.encode(self._answer(relay.decode_ask(link.recv_bytes()))))
+        except (msgspec.MsgspecError, ValueError) as error:
+            log.warning("a connection to the store of the ranks was closed: it makes no sense", detail=str(error))
         finally:
             with self._changed:
                 self._links.discard(link)

@@ -59,12 +59,6 @@ class RelayedStore(dist.Store):  # type: ignore[name-defined, misc]  # exported 
 
     deleteKey, getNumKeys = delete_key, num_keys  # as C++ calls them
 
-    def close(self) -> None:
-        """Give the connections up that nobody waits at."""
-        with self._guard:
-            while self._idle:
-                self._idle.pop().close()
-
     def _hear(self, kind: type[T], ask: relay.Ask) -> T:
         value = self._ask(ask)
         assert isinstance(value, kind), value

@@ -3,10 +3,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe, connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import structlog
 
@@ -255,19 +257,86 @@ def test_who_says_nothing_is_dropped(hosts: Hosts, dial: Callable[..., Connectio
     assert details == {"timed out", "it knows the secret, and did not say what it wants"}
 
 
-def test_strangers_are_bounded(hosts: Hosts, dial: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch) -> None:
-    """More connections at a time that have not proven themselves than there is room for are closed at once."""
-    room = threading.BoundedSemaphore(2)
-    monkeypatch.setattr(hosts, "_strangers", room)
-    strangers = [socket.create_connection((hosts.at.host, hosts.at.port)) for _ in range(3)]
-    for stranger in strangers:
-        stranger.settimeout(10)
-    heard = [stranger.recv(48) for stranger in strangers]
-    assert [len(said) for said in heard] == [48, 48, 0]
-    for stranger in strangers:
-        stranger.close()
-    eventually(lambda: room._value == 2)
+@pytest.fixture
+def strangers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Hosts, int], list[socket.socket]]]:
+    """Opens connections that say nothing, at a server that has room for two. Closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def come(hosts: Hosts, count: int) -> list[socket.socket]:
+            monkeypatch.setattr(hosts, "_strangers", joining._Strangers(2))
+            monkeypatch.setattr(hosts, "_patience_s", 60.0)
+            made = []
+            for _ in range(count):
+                made.append(stack.enter_context(socket.create_connection((hosts.at.host, hosts.at.port), timeout=10)))
+                made[-1].recv(48)
+            return made
+
+        yield come
+
+
+SENT_AWAY = "too many connections to the join address prove nothing: the first to come were closed"
+
+
+def test_strangers_make_way(
+    hosts: Hosts,
+    dial: Callable[..., Connection],
+    strangers: Callable[[Hosts, int], list[socket.socket]],
+    log: list[Any],
+) -> None:
+    """Where there is room for no more, those that have waited longest are closed, and who knows the secret gets in."""
+    made = strangers(hosts, 5)
+    assert [stranger.recv(1) for stranger in made[:3]] == [b""] * 3
     assert hear(dial(join())) == Seated(rank=2)
+    assert made[3].recv(1) == b""
+    made[4].settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        made[4].recv(1)
+    made[4].close()
+    eventually(lambda: len(hosts._strangers) == 0)
+    assert [line["num_closed"] for line in log if line["event"] == SENT_AWAY] == [1]  # and no more for a while
+    assert [line["detail"] for line in log if "refused" in line["event"]] == [
+        "the other end left before it had proven that it knows the secret"
+    ]
+
+
+def test_a_thread_that_cannot_be_had_is_survived(
+    hosts: Hosts, dial: Callable[..., Connection], log: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is closed and logged, its room is free again, and the next one is heard."""
+    monkeypatch.setattr(joining, "_PAUSE_S", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_thread)
+        with socket.create_connection((hosts.at.host, hosts.at.port), timeout=10) as unheard:
+            assert unheard.recv(1) == b""
+    assert len(hosts._strangers) == 0
+    assert hear(dial(join())) == Seated(rank=2)
+    (detail,) = (line["detail"] for line in log if line["event"].endswith("cannot be taken"))
+    assert detail == "can't start new thread"
+
+
+def _no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_rank_dials_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that breaks off is dialled again until it stands, but not for ever, and not when it is refused."""
+    monkeypatch.setattr(links, "_DIAL_PAUSE_S", 0.0)
+    outcomes: list[object] = [ConnectionResetError(), TimeoutError(), "link"]
+
+    def dial(to: Endpoint, secret: bytes) -> object:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(links, "dial", dial)
+    assert links.keep_dialling(HERE, SECRET) == "link"
+    outcomes[:] = [ConnectionResetError(), "link"]
+    with pytest.raises(ConnectionResetError):
+        links.keep_dialling(HERE, SECRET, for_s=0.0)
+    outcomes[:] = [RefusedError(), "link"]
+    with pytest.raises(RefusedError):
+        links.keep_dialling(HERE, SECRET)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +396,17 @@ def test_who_has_joined_is_told_when_the_server_stops(hosts: Hosts, dial: Callab
     assert heard == [Leave(), Leave()]
     with pytest.raises(OSError, match="refused"):
         dial()
+
+
+def test_who_has_joined_is_told_nothing_when_the_server_has_failed(
+    hosts: Hosts, dial: Callable[..., Connection]
+) -> None:
+    """A server that cannot work hangs up without a word, as one that was killed would."""
+    control = dial(join())
+    assert hear(control) == Seated(rank=2)
+    hosts.give_up()
+    hosts.close()
+    assert is_ended(control)
 
 
 # ---- what a group asks ----------------------------------------------------------------------------------------------
@@ -603,6 +683,29 @@ def test_a_host_comes_back_to_a_server_that_was_started_again(hosts: Hosts, quic
         eventually(lambda: 2 in again._seats.taken)
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_rank_that_something_has_stopped_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not run for long enough is ended in those words; one that goes on in time is left alone."""
+    monkeypatch.setattr(joined, "_be_rank", lambda *_: time.sleep(60))
+    with contextlib.closing(joined._Rank(place(HERE))) as rank, contextlib.closing(Pipe()[0]) as control:
+        rank.look()
+        rank.start(start(2), control)
+        assert rank._process is not None
+        process = psutil.Process(rank._process.pid)
+        for num_ticks in (joined._MOST_STOPPED_TICKS - 1, joined._MOST_STOPPED_TICKS):
+            process.suspend()
+            eventually(lambda: process.status() == psutil.STATUS_STOPPED)
+            for _ in range(num_ticks):
+                assert process.status() == psutil.STATUS_STOPPED
+                rank.look()
+            if num_ticks < joined._MOST_STOPPED_TICKS:
+                process.resume()
+                eventually(lambda: process.status() != psutil.STATUS_STOPPED)
+                rank.look()
+        assert connection.wait(rank.sentinels, 10)
+        detail = "did not run for 10 s: stopped by a signal or a debugger"
+        assert rank.bury() == Ended(group="g", detail=detail)
 
 
 def told(model_path: str, directory: str | None) -> messages.RankConfig:

@@ -9,9 +9,11 @@ from typing import Any
 
 import psutil
 import pytest
+import structlog
 import torch.distributed as dist
 
 from wan_grpc.engine.rendezvous import StoreServer
+from wan_grpc.parallel import relay
 from wan_grpc.parallel.mesh import interface_of
 from wan_grpc.parallel.store import RelayedStore
 
@@ -130,6 +132,21 @@ def test_a_closed_store_lets_everybody_go(keeper: Keeper) -> None:
         store.wait(["missing"], timedelta(days=365))
     with pytest.raises(dist.DistStoreError, match="is gone"):
         store.get("k")
+
+
+@pytest.mark.parametrize("garbage", [b"\xc1 is not msgpack", relay.encode(relay.Add(key="text", amount=1))])
+def test_what_makes_no_sense_ends_its_connection_alone(keeper: Keeper, garbage: bytes) -> None:
+    """It is logged, and the others go on."""
+    store = RelayedStore(keeper.dial)
+    store.set("text", "no number")
+    link = keeper.dial()
+    with structlog.testing.capture_logs() as log:
+        link.send_bytes(garbage)
+        with pytest.raises(EOFError):
+            link.recv_bytes()
+    assert [line["event"] for line in log] == ["a connection to the store of the ranks was closed: it makes no sense"]
+    assert store.get("text") == b"no number"
+    link.close()
 
 
 def test_an_interface_is_known_by_its_address() -> None:
