@@ -48,15 +48,22 @@ def right(live: LiveServer) -> str:
     return live.make(spec()).completed.sha256
 
 
+@pytest.fixture(scope="module")
+def held(live: LiveServer, right: str) -> list[int]:
+    """Bytes that the ranks held between tests. Allocators give memory back when they like: the most is what counts."""
+    return [live.rank_bytes()]
+
+
 @pytest.fixture(autouse=True)
-def _nothing_stays(live: LiveServer, right: str) -> Iterator[None]:
+def _nothing_stays(live: LiveServer, right: str, held: list[int]) -> Iterator[None]:
     """After each test: the same ranks live, their memory is back, and the next video is right."""
-    pids, before = live.rank_pids(), live.rank_bytes()
+    pids = live.rank_pids()
+    held.append(live.rank_bytes())
     yield
     stream = live.make(spec())
     assert (live.rank_pids(), stream.completed.sha256) == (pids, right)
     assert hashlib.sha256(stream.video).hexdigest() == right
-    assert live.rank_bytes() - before < RANK_BOUND_BYTES
+    assert live.rank_bytes() - max(held) < RANK_BOUND_BYTES
 
 
 def new_prompt() -> str:
