@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.bench import eventually
+from tests.distributed import faults
 from tests.distributed.live import PAIR, Live, is_gone, live_ranks, name_of, run, video
 from wan_grpc.domain.errors import Failure, Reason
 from wan_grpc.domain.events import Progress, Stage, State
@@ -72,6 +73,21 @@ async def test_any_rank_in_any_stage(impatient: Live, reference: bytes, rank: in
     """Rank 0, which speaks for the others, is found like any other, while denoising and while decoding."""
     await left_at_work(impatient, rank, stage, grace_s=GRACE_S)
     assert await impatient.make() == reference
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_rank_stopped_while_it_reads_a_text(impatient: Live, reference: bytes, rank: int) -> None:
+    """In the text stage, too, it is found in time, told by its number, and replaced."""
+    pids = impatient.pids
+    running = await impatient.begin(prompt=faults.prompt("text", rank, "stop"), negative_prompt=f"at {time.time()}")
+    began = time.monotonic()
+    await running.to_end()
+    assert time.monotonic() - began < 3 * 1.0 + GRACE_S + LATE_S, "no text takes a second here"
+    assert isinstance(running.failure, Failure)
+    assert running.failure.reason is Reason.RANK_DIED
+    assert f"rank {rank} (process {pids[rank]}) " in running.failure.message
+    assert await impatient.make() == reference
+    assert all(is_gone(pid) for pid in pids)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
