@@ -35,7 +35,7 @@ def _in_our_words() -> Iterator[None]:
 class Gate:
     """Keeps an abort from falling into the middle of a call that enqueues an exchange, and further ones from following.
 
-    A kernel of NCCL that is enqueued on a communicator which is just being aborted was seen never to end.
+    Without it ranks of NCCL that were aborted while they enqueued exchanges (in decoding) were seen not to come out.
     """
 
     def __init__(self) -> None:

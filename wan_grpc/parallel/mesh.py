@@ -166,7 +166,7 @@ class Mesh:
     def _connect(self, ranks: tuple[int, ...]) -> object:
         options = None
         if self._backend == "nccl":
-            # Its kernels need few multiprocessors, but those at once, while attention would take all of them.
+            # Its kernels need few multiprocessors, but those soon, beside attention that fills the device.
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         with _peers():
             return dist.new_group(list(ranks), backend=self._backend, timeout=_IDLE_TIMEOUT, pg_options=options)
