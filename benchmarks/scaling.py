@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from wan_grpc.domain.events import Progress, Stage
@@ -176,16 +177,17 @@ def find_checkpoint(model_path: str | None, directory: Path) -> Checkpoint:
 def measure(
     case: Case, pipeline: VideoPipeline, mesh: Mesh, options: argparse.Namespace, wanted: dict[str, torch.Tensor]
 ) -> None:
+    inputs = make_inputs(pipeline, options)
     works = {
-        STEP: lambda: step(pipeline, options, is_guided=True),
-        UNGUIDED: lambda: step(pipeline, options, is_guided=False),
-        DECODE: lambda: pictures(pipeline, options),
+        STEP: lambda: step(pipeline, inputs, is_guided=True),
+        UNGUIDED: lambda: step(pipeline, inputs, is_guided=False),
+        DECODE: lambda: pictures(pipeline, inputs),
         TEXT: lambda: texts(pipeline),
     }
     device.reset_peak(pipeline.device)
     traffic: Counter[str] = Counter()
     for name in case.works:
-        result = works[name]()  # warms up
+        warm_up(name, works[name], pipeline)
         mesh.meter.reset()
         case.seconds[name] = []
         for _ in range(options.repeats):
@@ -207,13 +209,32 @@ def measure(
     case.peak_gib = round(device.peak_bytes(pipeline.device) / 2**30, 2)
 
 
+def warm_up(name: str, work: Callable[[], object], pipeline: VideoPipeline) -> None:
+    """Of a transformer two blocks are enough, as all are alike."""
+    expert = pipeline.transformers[Expert.HIGH_NOISE]
+    blocks = expert.blocks
+    if name in (STEP, UNGUIDED):
+        expert.blocks = blocks[:2]
+    work()
+    expert.blocks = blocks
+
+
 def kernels_of(work: Callable[[], object], where: torch.device) -> dict[str, float]:
+    """Seconds of kernels by kind, and of no kernel at all ("idle")."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         work()
         device.synchronize(where)
     seconds: Counter[str] = Counter()
-    for kernel in profiled.key_averages():
-        seconds[kind_of(kernel.key.lower())] += kernel.self_device_time_total / 1e6
+    busy_until = None
+    events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.name.startswith("nccl:"):  # a note of torch beside the kernel
+            continue
+        begin, end = event.time_range.start, event.time_range.end
+        seconds[kind_of(event.name.lower())] += (end - begin) / 1e6
+        if busy_until is not None:
+            seconds["idle"] += max(begin - busy_until, 0) / 1e6
+        busy_until = end if busy_until is None else max(end, busy_until)
     return {kind: round(seconds[kind], 3) for kind in sorted(seconds)}
 
 
@@ -242,29 +263,39 @@ def latent_shape(pipeline: VideoPipeline, options: argparse.Namespace) -> tuple[
     return (1, config["z_dim"], frames, options.height // factor, options.width // factor)
 
 
-@torch.no_grad()
-def step(pipeline: VideoPipeline, options: argparse.Namespace, *, is_guided: bool) -> torch.Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The same noise on every rank, made before the clock runs."""
+
+    latents: torch.Tensor
+    prompts: Prompts
+
+
+def make_inputs(pipeline: VideoPipeline, options: argparse.Namespace) -> Inputs:
     expert = pipeline.transformers[Expert.HIGH_NOISE]
     texts = [noise((1, 512, expert.config["text_dim"]), seed).to(pipeline.device, expert.dtype) for seed in (1, 2)]
-    return predict(
-        expert,
-        noise(latent_shape(pipeline, options), 0).to(pipeline.device),
-        torch.tensor(900, device=pipeline.device),
+    return Inputs(
+        latents=noise(latent_shape(pipeline, options), 0).to(pipeline.device),
         prompts=Prompts(positive=texts[0], negative=texts[1]),
+    )
+
+
+@torch.no_grad()
+def step(pipeline: VideoPipeline, inputs: Inputs, *, is_guided: bool) -> torch.Tensor:
+    return predict(
+        pipeline.transformers[Expert.HIGH_NOISE],
+        inputs.latents,
+        torch.tensor(900, device=pipeline.device),
+        prompts=inputs.prompts,
         condition=TEXT_ALONE,
         choice=Choice(expert=Expert.HIGH_NOISE, guidance_scale=4.0, is_guided=is_guided),
         run_passes=pipeline.run_passes,
     )
 
 
-def pictures(pipeline: VideoPipeline, options: argparse.Namespace) -> torch.Tensor:
-    latents = noise(latent_shape(pipeline, options), 3).to(pipeline.device)
-    frames = decode.frames(pipeline.vae, latents, on_step=ignore, **strips_of(pipeline))
+def pictures(pipeline: VideoPipeline, inputs: Inputs) -> torch.Tensor:
+    frames = decode.frames(pipeline.vae, inputs.latents, strips=pipeline.strips, on_step=ignore)
     return torch.cat(list(frames))
-
-
-def strips_of(pipeline: VideoPipeline) -> dict[str, Any]:
-    return {"strips": pipeline.strips}
 
 
 def texts(pipeline: VideoPipeline) -> torch.Tensor:

@@ -413,6 +413,14 @@ def test_more_ranks_than_lines(ranks: Crew, name: str) -> None:
     assert told == [(True, [1, 4] if rank == 0 else [0, 0], 0) for rank in range(len(told))]
 
 
+@for_both
+def test_a_rank_alone(name: str) -> None:
+    """It computes its one strip, which is the picture, with what strips save, bit for bit as whole; nothing is sent."""
+    with crew(Topology()) as alone:
+        assert alone.run(decode_tiny, name, *SIZES["odd"][:2]) == [(True, [1, 4], 0)]
+        assert alone.run(sizes_of_strips, [(5, 7), (1, 1)]) == [[(-2, 5), (-2, 1)]]
+
+
 @pytest.mark.parametrize("who", ["all ranks", "the last rank"])
 def test_a_failure_leaves_nothing_behind(ranks: Crew, who: str) -> None:
     """After ranks failed in the middle of a slice the next video is right, with new links where others had waited."""

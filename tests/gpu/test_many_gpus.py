@@ -26,6 +26,7 @@ from wan_grpc.engine.watchdog import Patience
 from wan_grpc.engine.worker import divide
 from wan_grpc.optimize.attention import choose
 from wan_grpc.parallel.mesh import Mesh
+from wan_grpc.parallel.sequence import SequenceSplit
 from wan_grpc.parallel.tensor import split_text_model
 from wan_grpc.pipeline.checkpoint import locate
 from wan_grpc.pipeline.load import load
@@ -108,6 +109,35 @@ def test_two_gpus_make_what_one_makes(
     assert max(errors) < bound
     if dtype == "float32":
         assert int((torch.from_numpy(answers[0][1]).int() - pictures.int()).abs().max()) <= 1
+
+
+NUM_EXCHANGES = 40
+
+
+def new_memory(mesh: Mesh) -> int:
+    """How often the device gave memory while many attentions were enqueued that it had not come to, after a first."""
+    attention = choose("auto", device=mesh.meter.device, dtype=torch.bfloat16)
+    split = SequenceSplit(mesh, attention.function, attention.with_lse)
+    split.begin(16384)
+    query, key, value = torch.randn(3, 1, 8192, NUM_HEADS, 128, device=mesh.meter.device, dtype=torch.bfloat16)
+
+    def attend() -> None:
+        split.attend(lambda: query + 0, lambda: key + 0, lambda: value + 0)
+
+    for _ in range(2):
+        attend()
+    torch.cuda.synchronize(mesh.meter.device)
+    given = torch.cuda.memory_stats(mesh.meter.device)["num_device_alloc"]
+    for _ in range(NUM_EXCHANGES):
+        attend()
+    taken: int = torch.cuda.memory_stats(mesh.meter.device)["num_device_alloc"] - given
+    torch.cuda.synchronize(mesh.meter.device)
+    return taken
+
+
+def test_exchanges_take_no_new_memory(group: Crew) -> None:
+    """What one layer has exchanged the next one writes over, however far the host is ahead of the GPU."""
+    assert max(group.run(new_memory)) == 0
 
 
 def text_errors(mesh: Mesh) -> tuple[float, float, float, float]:

@@ -4,9 +4,9 @@ Knows torch.distributed and the sizes of uneven parts. Does not know what the te
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from wan_grpc.domain.traffic import Exchange
 from wan_grpc.parallel.meter import Meter
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on
+
+ByPeer: TypeAlias = Mapping[int, torch.Tensor]
+"""Tensors that go to or come from a rank of the group, by its index; contiguous."""
 
 
 class ExchangeBrokenError(Exception):
@@ -113,20 +116,13 @@ class Group:
     def device(self) -> torch.device:
         return self._meter.device
 
-    def all_to_all(
-        self, parts: torch.Tensor, into: torch.Tensor, *, sent: Sequence[int], received: Sequence[int], kind: Exchange
-    ) -> Pending:
-        """Rows of `parts` to each rank, `sent[i]` to the i-th; rows from each, `received[i]` from the i-th, in order.
+    def swap(self, parts: Sequence[torch.Tensor], into: Sequence[torch.Tensor], *, kind: Exchange) -> Pending:
+        """Send `parts[i]` to the i-th rank and fill `into[i]` with what it sends, but for this rank itself.
 
-        parts: [sum(sent), ...]; into: [sum(received), ...]; contiguous.
+        All contiguous, and of the same shapes at both ends of each link.
         """
-        assert (sum(sent), sum(received)) == (parts.shape[0], into.shape[0]), (sent, received, parts.shape, into.shape)
-        self._count(kind, parts, sum(sent) - sent[self.index])
-        with self._gate.passing():
-            work = dist.all_to_all_single(
-                into, parts, list(received), list(sent), group=self._open_links, async_op=True
-            )
-        return Pending([work], lambda: self._meter.timing(kind))
+        others = [index for index in range(self.size) if index != self.index]
+        return self._exchange([({i: parts[i] for i in others}, {i: into[i] for i in others})], kind)
 
     def all_gather(self, part: torch.Tensor, *, sizes: Sequence[int], kind: Exchange) -> torch.Tensor:
         """The parts of all ranks, one after the other: [sizes[i], ...] of the i-th, [sum(sizes), ...] on each."""
@@ -151,11 +147,9 @@ class Group:
 
         All contiguous, and of the same shapes at both ends of each link.
         """
-        following, previous = self.ranks[(self.index + 1) % self.size], self.ranks[self.index - 1]
-        sends = [dist.P2POp(dist.isend, tensor, following, self._open_links) for tensor in mine if tensor.numel()]
-        receives = [dist.P2POp(dist.irecv, tensor, previous, self._open_links) for tensor in into if tensor.numel()]
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in mine)
-        return self._send_and_receive([*sends, *receives], kind, num_bytes)
+        following, previous = (self.index + 1) % self.size, (self.index - 1) % self.size
+        pairs = zip(mine, into, strict=True)
+        return self._exchange([({following: leaving}, {previous: arriving}) for leaving, arriving in pairs], kind)
 
     def begin_swap_edges(
         self, to_previous: torch.Tensor, to_next: torch.Tensor | None, *, kind: Exchange
@@ -164,23 +158,13 @@ class Group:
 
         Both tensors have the shape of what comes back, on every rank. Without `to_next` nothing goes that way.
         """
-        previous = self.ranks[self.index - 1] if self.index > 0 else None
-        following = self.ranks[self.index + 1] if self.index + 1 < self.size else None
+        previous = self.index - 1 if self.index > 0 else None
+        following = self.index + 1 if self.index + 1 < self.size else None
         from_previous = None if previous is None or to_next is None else _blank(to_next)
         from_next = None if following is None else _blank(to_previous)
-        exchanges = [
-            (dist.isend, to_previous, previous),
-            (dist.irecv, from_previous, previous),
-            (dist.isend, to_next, following),
-            (dist.irecv, from_next, following),
-        ]
-        operations = [
-            dist.P2POp(action, tensor.contiguous(), peer, self._open_links)
-            for action, tensor, peer in exchanges
-            if tensor is not None and peer is not None
-        ]
-        num_bytes = sum(_num_bytes(operation.tensor) for operation in operations if operation.op is dist.isend)
-        return from_previous, from_next, self._send_and_receive(operations, kind, num_bytes)
+        leaving = _by_peer((previous, to_previous), (following, to_next))
+        arriving = _by_peer((previous, from_previous), (following, from_next))
+        return from_previous, from_next, self._exchange([(leaving, arriving)], kind)
 
     def gather(self, part: torch.Tensor, *, sizes: Sequence[int], dim: int, kind: Exchange) -> torch.Tensor | None:
         """The parts of all ranks joined along `dim`, of which they have `sizes`, on the first; None on the others."""
@@ -188,16 +172,11 @@ class Group:
             return part
         part = part.contiguous()
         if self.index > 0:
-            send = dist.P2POp(dist.isend, part, self.ranks[0], self._open_links)
-            self._send_and_receive([send], kind, _num_bytes(part)).wait()
+            self._exchange([({0: part}, {})], kind).wait()
             return None
         shapes = [(*part.shape[:dim], size, *part.shape[dim + 1 :]) for size in sizes]
         parts = [part, *(part.new_empty(shape) for shape in shapes[1:])]
-        receives = [
-            dist.P2POp(dist.irecv, other, peer, self._open_links)
-            for other, peer in zip(parts[1:], self.ranks[1:], strict=True)
-        ]
-        self._send_and_receive(receives, kind, 0).wait()
+        self._exchange([({}, dict(enumerate(parts[1:], start=1)))], kind).wait()
         return torch.cat(parts, dim)
 
     def broadcast(self, tensor: torch.Tensor, *, source: int, kind: Exchange) -> torch.Tensor:
@@ -225,11 +204,10 @@ class Group:
         if self.size == 1:
             return
         probe = torch.zeros(self.size, device=self.device)
-        ones = [1] * self.size
         self.add_up(probe, kind=Exchange.TEXT)
         self.broadcast(probe, source=0, kind=Exchange.TEXT)
         self.all_gather(probe, sizes=[self.size] * self.size, kind=Exchange.TOKENS)
-        self.all_to_all(probe, torch.empty_like(probe), sent=ones, received=ones, kind=Exchange.ULYSSES).wait()
+        self.swap(torch.split(probe, 1), torch.split(torch.empty_like(probe), 1), kind=Exchange.ULYSSES).wait()
         self.rotate([probe], [torch.empty_like(probe)], kind=Exchange.RING).wait()
 
     def abort(self) -> None:
@@ -244,15 +222,51 @@ class Group:
         if links is not None:
             dist.destroy_process_group(links)
 
-    def _send_and_receive(self, operations: list[Any], kind: Exchange, num_bytes: int) -> Pending:
-        self._meter.count(kind, num_bytes)
+    def _exchange(self, rounds: Sequence[tuple[ByPeer, ByPeer]], kind: Exchange) -> Pending:
+        """What leaves and what arrives in each round, by the index of the peer.
+
+        On GPUs by the call that exchanges among all: torch lets the memory of what is sent from one rank to another be
+        used again only when the device has come past it, and the host, which is layers ahead, would take new memory
+        until there is none.
+        """
+        rounds = [(_not_empty(leaving), _not_empty(arriving)) for leaving, arriving in rounds]
+        rounds = [(leaving, arriving) for leaving, arriving in rounds if leaving or arriving]
+        if not rounds:
+            return Pending((), nullcontext)
+        self._meter.count(kind, sum(_num_bytes(tensor) for leaving, _ in rounds for tensor in leaving.values()))
         with self._gate.passing():
-            works = dist.batch_isend_irecv(operations) if operations else []
-        return Pending(works, lambda: self._meter.timing(kind), keep=operations)
+            if self.device.type == "cuda":
+                works = [self._all_to_all(leaving, arriving) for leaving, arriving in rounds]
+            else:
+                works = self._send_and_receive(rounds)
+        return Pending(works, lambda: self._meter.timing(kind), keep=rounds)
+
+    def _all_to_all(self, leaving: ByPeer, arriving: ByPeer) -> Any:
+        nothing = next(iter((leaving or arriving).values())).new_empty(0)
+        parts, into = ([tensors.get(index, nothing) for index in range(self.size)] for tensors in (leaving, arriving))
+        return dist.all_to_all(into, parts, group=self._open_links, async_op=True)
+
+    def _send_and_receive(self, rounds: Sequence[tuple[ByPeer, ByPeer]]) -> list[Any]:
+        """Gloo's own exchange among all knows parts of one size only."""
+        links = self._open_links
+        sends = [(dist.isend, index, part) for leaving, _ in rounds for index, part in leaving.items()]
+        receives = [(dist.irecv, index, room) for _, arriving in rounds for index, room in arriving.items()]
+        return dist.batch_isend_irecv(
+            [dist.P2POp(action, tensor, self.ranks[index], links) for action, index, tensor in (*sends, *receives)]
+        )
 
     def _count(self, kind: Exchange, tensor: torch.Tensor, rows: int, *, times: int = 1) -> None:
         if tensor.shape[0]:
             self._meter.count(kind, tensor.numel() // tensor.shape[0] * rows * tensor.element_size() * times)
+
+
+def _by_peer(*tensors: tuple[int | None, torch.Tensor | None]) -> ByPeer:
+    """Without what is nobody's or nothing."""
+    return {index: tensor.contiguous() for index, tensor in tensors if index is not None and tensor is not None}
+
+
+def _not_empty(tensors: ByPeer) -> ByPeer:
+    return {index: tensor for index, tensor in tensors.items() if tensor.numel()}
 
 
 def _blank(like: torch.Tensor) -> torch.Tensor:

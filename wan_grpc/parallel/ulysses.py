@@ -4,7 +4,7 @@ Knows how queries, keys and values are packed for the exchange and results unpac
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 
@@ -15,6 +15,8 @@ Attend: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.T
 """(q, k, v) -> out, each [B, S, H, D]."""
 MakeStates: TypeAlias = Callable[[], torch.Tensor]
 """Computes queries, keys or values of this rank's tokens: [B, s, H, D]."""
+
+_WORD: Final = torch.int64
 
 
 class Ulysses:
@@ -34,7 +36,7 @@ class Ulysses:
     def attention(self, query: MakeStates, key: MakeStates, value: MakeStates, *, attend: Attend) -> torch.Tensor:
         """Attention among the tokens of all ranks, for those of this one: [B, s, H, D].
 
-        Keys and values travel together while the queries are computed.
+        Keys and values travel while the queries are computed.
 
         Raises:
             ExchangeBrokenError: another rank is gone.
@@ -46,11 +48,14 @@ class Ulysses:
         keys = [self._to_heads(states, part) for part in parts]
         states.clear()
         states.append(query())
-        shape = states[0].shape
+        out = torch.empty_like(states[0], memory_format=torch.contiguous_format)
         asked = [self._to_heads(states, part) for part in parts]
         states.clear()
-        leaving = [self._to_tokens(self._attended(attend, asked.pop(0), keys.pop(0))) for _ in parts]
-        return self._put_together(leaving, leaving[0][0].new_empty(shape))
+        leaving = [self._to_tokens(self._attended(attend, asked.pop(0), keys.pop(0)), out, part) for part in parts]
+        for part, (arriving, pending) in enumerate(leaving):
+            pending.wait()
+            self._copy_others(self._heads_by_rank(_words(out), part), arriving)
+        return out
 
     def _attended(
         self, attend: Attend, asked: tuple[torch.Tensor, Pending], keys: tuple[torch.Tensor, Pending]
@@ -58,50 +63,56 @@ class Ulysses:
         """What has arrived, attended; nothing of it is held afterwards."""
         for _, pending in (asked, keys):
             pending.wait()
-        query, key, value = (_by_batch(states) for states in (asked[0][:, 0], keys[0][:, 1], keys[0][:, 0]))
-        return attend(query, key, value)
+        (query,), (value, key) = (states[0].unbind(1) for states in (asked, keys))
+        return attend(_by_batch(query), _by_batch(key), _by_batch(value))
 
     def _to_heads(self, states: Sequence[torch.Tensor], part: int) -> tuple[torch.Tensor, Pending]:
         """Send each rank its heads of `states`, with this rank's tokens; all tokens of this rank's heads come back.
 
         Packed [tokens, len(states), B, heads, D], so that what arrives from several ranks lies in the tokens' order.
+        This rank's own are put among them while the others travel.
         """
-        batch, _, _, width = states[0].shape
-        views = [self._by_rank(state)[:, :, :, part] for state in states]
-        heads = views[0].shape[3]
-        sent = states[0].new_empty((self._group.size, self._mine, len(states), batch, heads, width))
+        views = [self._heads_by_rank(_words(state), part) for state in states]
+        _, _, *heads = views[0].shape
+        leaving = views[0].new_empty((self._group.size, self._mine, len(states), *heads))
         for index, view in enumerate(views):
-            sent[:, :, index] = view.permute(2, 1, 0, 3, 4)
-        into = sent.new_empty((sum(self._shares), len(states), batch, heads, width))
-        return into, self._exchange(sent.flatten(0, 1), into, self._even, self._shares)
+            self._copy_others(leaving[:, :, index], view)
+        arriving = views[0].new_empty((sum(self._shares), len(states), *heads))
+        places = torch.split(arriving, list(self._shares))
+        pending = self._group.swap(leaving.unbind(), places, kind=Exchange.ULYSSES)
+        for index, view in enumerate(views):
+            places[self._group.index][:, index] = view[self._group.index]
+        return arriving.view(states[0].dtype), pending
 
-    def _to_tokens(self, out: torch.Tensor) -> tuple[torch.Tensor, Pending]:
-        """Send each rank its tokens of these heads, [B, S, heads, D]; this rank's tokens of all heads come back."""
-        rows = out.transpose(0, 1).contiguous()
-        into = rows.new_empty((self._group.size * self._mine, *rows.shape[1:]))
-        return into, self._exchange(rows, into, self._shares, self._even)
+    def _to_tokens(self, attended: torch.Tensor, out: torch.Tensor, part: int) -> tuple[torch.Tensor, Pending]:
+        """Send each rank its tokens of these heads, [B, S, heads, D]; this rank's tokens of other heads come back.
 
-    def _put_together(self, leaving: Sequence[tuple[torch.Tensor, Pending]], out: torch.Tensor) -> torch.Tensor:
-        for part, (packed, pending) in enumerate(leaving):
-            pending.wait()
-            rows = packed.view(self._group.size, self._mine, *packed.shape[1:])
-            self._by_rank(out)[:, :, :, part] = rows.permute(2, 1, 0, 3, 4)
-        return out
+        Its tokens of its own heads are put into `out` meanwhile.
+        """
+        rows = _words(attended.transpose(0, 1).contiguous())
+        leaving = torch.split(rows, list(self._shares))
+        arriving = rows.new_empty((self._group.size, *leaving[self._group.index].shape))
+        pending = self._group.swap(leaving, arriving.unbind(), kind=Exchange.ULYSSES)
+        self._heads_by_rank(_words(out), part)[self._group.index] = leaving[self._group.index]
+        return arriving, pending
 
-    @property
-    def _even(self) -> Sequence[int]:
-        return [self._mine] * self._group.size
+    def _copy_others(self, into: torch.Tensor, states: torch.Tensor) -> None:
+        """All but what is this rank's own. [ranks, ..] both."""
+        for others in (slice(0, self._group.index), slice(self._group.index + 1, self._group.size)):
+            into[others] = states[others]
 
-    def _by_rank(self, states: torch.Tensor) -> torch.Tensor:
-        """[B, s, H, D] as [B, s, ranks, parts, heads, D]."""
+    def _heads_by_rank(self, states: torch.Tensor, part: int) -> torch.Tensor:
+        """[B, s, H, D] as [ranks, s, B, heads, D], a view of this part of each rank's heads."""
         batch, num_tokens, num_heads, width = states.shape
         heads = num_heads // (self._group.size * self._num_parts)
-        return states.view(batch, num_tokens, self._group.size, self._num_parts, heads, width)
+        parts = states.view(batch, num_tokens, self._group.size, self._num_parts, heads, width)
+        return parts[:, :, :, part].permute(2, 1, 0, 3, 4)
 
-    def _exchange(
-        self, parts: torch.Tensor, into: torch.Tensor, sent: Sequence[int], received: Sequence[int]
-    ) -> Pending:
-        return self._group.all_to_all(parts, into, sent=sent, received=received, kind=Exchange.ULYSSES)
+
+def _words(states: torch.Tensor) -> torch.Tensor:
+    """The same bytes in words of 8 where they come to whole ones: these are copied faster than values of 2."""
+    is_whole = states.shape[-1] * states.element_size() % _WORD.itemsize == 0
+    return states.view(_WORD) if is_whole else states
 
 
 def _by_batch(rows: torch.Tensor) -> torch.Tensor:

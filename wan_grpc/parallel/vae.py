@@ -141,7 +141,7 @@ class StripDivision:
         """
         group = self._mesh.world  # asked for anew each time, because links that broke are replaced
         sizes = {dim: size for dim, size in ((_HEIGHT, height), (_WIDTH, width)) if size >= group.size}
-        if group.size == 1 or not sizes:
+        if not sizes:
             return Whole(group)
         dim = min(sizes, key=lambda dim: shares(sizes[dim], group.size)[0] / sizes[dim])
         return Strip(self, group, dim=dim, sizes=shares(sizes[dim], group.size))
@@ -252,7 +252,8 @@ def _attend(strip: Strip, block: WanAttentionBlock, x: torch.Tensor) -> torch.Te
     frames = x.transpose(1, 2).reshape(batch * time, channels, height, width)
     states: torch.Tensor = block.to_qkv(block.norm(frames)).flatten(2)
     query = states[:, :channels].transpose(1, 2).contiguous()  # fused kernels want channels side by side
-    everybodys = strip.of_all(states[:, channels:].permute(2, 0, 1))  # [pixels, B * T, 2 * C], in an order that is free
+    mine = states[:, channels:].permute(2, 0, 1).contiguous()  # [pixels, B * T, 2 * C], in an order that is free
+    everybodys = strip.of_all(mine)
     key, value = everybodys.transpose(0, 1).unsqueeze(1).chunk(2, dim=3)
     attended = F.scaled_dot_product_attention(query.unsqueeze(1), key, value)
     projected: torch.Tensor = block.proj(attended.squeeze(1).transpose(1, 2).reshape(frames.shape))
