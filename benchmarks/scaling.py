@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C._autograd import DeviceType
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from wan_grpc.domain.events import Progress, Stage
@@ -63,7 +63,7 @@ class Case:
     """Seconds in which the device of the rank waited for an exchange of this kind, and GB that the rank sent."""
     peak_gib: float = 0.0
     kernels: dict[str, float] = field(default_factory=dict)
-    """Seconds of the kernels of one step by what they are for; those of exchanges run beside the others."""
+    """Seconds of the kernels of one step by what they are for, those of exchanges beside the others; and "idle"."""
 
 
 def main() -> None:
@@ -101,11 +101,15 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, default=720)
     parser.add_argument("--num-frames", type=int, default=81)
-    parser.add_argument("--repeats", type=int, default=2, help="after one that warms up")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="after a warm-up, which for steps goes through two blocks"
+    )
     parser.add_argument("--only", nargs="*", help="names of cases, e.g. 'cfg 2'")
     parser.add_argument("--works", nargs="*", default=[STEP, DECODE, TEXT], choices=[STEP, UNGUIDED, DECODE, TEXT])
     parser.add_argument("--dtype", choices=sorted(DTYPES))
-    parser.add_argument("--profile", action="store_true", help="one more step, whose kernels are added up by kind")
+    parser.add_argument(
+        "--profile", action="store_true", help="one more step, whose kernels and pauses are added up by kind"
+    )
     parser.add_argument("--out", help="JSON file for the full result")
     return parser.parse_args()
 
@@ -210,13 +214,15 @@ def measure(
 
 
 def warm_up(name: str, work: Callable[[], object], pipeline: VideoPipeline) -> None:
-    """Of a transformer two blocks are enough, as all are alike."""
+    """Once in full, but of a transformer two blocks are enough, as all are alike."""
     expert = pipeline.transformers[Expert.HIGH_NOISE]
     blocks = expert.blocks
     if name in (STEP, UNGUIDED):
         expert.blocks = blocks[:2]
-    work()
-    expert.blocks = blocks
+    try:
+        work()
+    finally:
+        expert.blocks = blocks
 
 
 def kernels_of(work: Callable[[], object], where: torch.device) -> dict[str, float]:

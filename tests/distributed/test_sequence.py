@@ -39,23 +39,28 @@ def group(request: pytest.FixtureRequest) -> Iterator[Crew]:
         yield ranks
 
 
-def states(num_tokens: int, batch: int = 1, width: int = WIDTH) -> list[torch.Tensor]:
+def states(
+    num_tokens: int, batch: int = 1, width: int = WIDTH, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     """Queries, keys and values of all tokens, the same everywhere."""
     generator = torch.Generator().manual_seed(num_tokens)
-    return [torch.randn(batch, num_tokens, NUM_HEADS, width, generator=generator) for _ in range(3)]
+    return [torch.randn(batch, num_tokens, NUM_HEADS, width, generator=generator).to(dtype) for _ in range(3)]
 
 
-def worst_error(mesh: Mesh, batch: int, num_parts: int, kernel: str, width: int = WIDTH) -> float:
+def worst_error(
+    mesh: Mesh, batch: int, num_parts: int, kernel: str, width: int = WIDTH, dtype_name: str = "float32"
+) -> float:
     """The largest difference to attention on one rank, over all numbers of tokens and of passes."""
-    attention = choose(kernel, device=CPU, dtype=torch.float32)
+    dtype = getattr(torch, dtype_name)
+    attention = choose(kernel, device=CPU, dtype=dtype)
     split = SequenceSplit(mesh, attention.function, attention.with_lse, num_parts=num_parts)
     worst = 0.0
     for num_tokens in NUM_TOKENS:
-        expected = attention.function(*states(num_tokens, batch, width))
+        expected = attention.function(*states(num_tokens, batch, width, dtype))
         for num_passes in (1, 2):
             split.use(mesh.layout(num_passes))
             here = split.begin(num_tokens)
-            query, key, value = (state[:, here] for state in states(num_tokens, batch, width))
+            query, key, value = (state[:, here] for state in states(num_tokens, batch, width, dtype))
             mine = split.attend(lambda q=query: q, lambda k=key: k, lambda v=value: v)
             whole = split.join(mine.flatten(2)).unflatten(2, (NUM_HEADS, width))
             worst = max(worst, float((whole - expected).abs().max()))
@@ -70,9 +75,12 @@ def test_attention_over_many_ranks(group: Crew, batch: int, num_parts: int, kern
     assert max(group.run(worst_error, batch, num_parts, kernel)) < 2e-6
 
 
-def test_heads_of_an_odd_width(group: Crew) -> None:
-    """Heads whose bytes do not come to whole words of 8, likewise."""
-    assert max(group.run(worst_error, 1, 1, "torch", 7)) < 2e-6
+@pytest.mark.parametrize(
+    ("width", "dtype", "bound"), [(7, "float32", 2e-6), (7, "bfloat16", 2e-2), (8, "bfloat16", 2e-2)]
+)
+def test_heads_of_any_bytes(group: Crew, width: int, dtype: str, bound: float) -> None:
+    """Heads whose bytes come to whole words of 8, or do not, in values of 2 bytes and of 4."""
+    assert max(group.run(worst_error, 1, 1, "torch", width, dtype)) < bound
 
 
 def without_rescaling(mesh: Mesh) -> float:

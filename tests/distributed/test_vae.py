@@ -182,9 +182,8 @@ def _forget_borders(vae: AutoencoderKLWan, strips: StripDivision) -> None:
         compute = strip.computing
 
         def computing() -> Any:
-            for lines in strip.kept.values():
-                for line in lines:
-                    line.zero_()
+            for line in strip.kept.values():
+                line.zero_()
             return compute()
 
         strip.computing = computing  # type: ignore[method-assign]
@@ -307,7 +306,7 @@ def count_bytes(mesh: Mesh, name: str, *size: int) -> tuple[list[int], list[int]
         [traffic] = mesh.meter.take()
         assert traffic.kind is Exchange.VAE
         sent.append(traffic.sent_bytes)
-        kept.append(sum(line.untyped_storage().nbytes() for lines in strip.kept.values() for line in lines))
+        kept.append(sum(line.untyped_storage().nbytes() for line in strip.kept.values()))
     return sent, kept
 
 

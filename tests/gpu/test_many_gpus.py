@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from wan_grpc.engine.group import prepare_forkserver
 from wan_grpc.engine.watchdog import Patience
 from wan_grpc.engine.worker import divide
 from wan_grpc.optimize.attention import choose
+from wan_grpc.parallel.group import Group
 from wan_grpc.parallel.mesh import Mesh
 from wan_grpc.parallel.sequence import SequenceSplit
 from wan_grpc.parallel.tensor import split_text_model
@@ -111,33 +112,51 @@ def test_two_gpus_make_what_one_makes(
         assert int((torch.from_numpy(answers[0][1]).int() - pictures.int()).abs().max()) <= 1
 
 
-NUM_EXCHANGES = 40
+NUM_ATTENTIONS = 40
 
 
-def new_memory(mesh: Mesh) -> int:
-    """How often the device gave memory while many attentions were enqueued that it had not come to, after a first."""
-    attention = choose("auto", device=mesh.meter.device, dtype=torch.bfloat16)
+def new_memory(mesh: Mesh, *, in_pairs: bool = False) -> tuple[int, bool]:
+    """How often the device gave memory while attentions were enqueued, and whether the host was ahead of it.
+
+    in_pairs: exchange as on CPUs.
+    """
+    device = mesh.meter.device
+    attention = choose("auto", device=device, dtype=torch.bfloat16)
     split = SequenceSplit(mesh, attention.function, attention.with_lse)
-    split.begin(16384)
-    query, key, value = torch.randn(3, 1, 8192, NUM_HEADS, 128, device=mesh.meter.device, dtype=torch.bfloat16)
+    here = split.begin(32768)
+    query, key, value = torch.randn(3, 1, here.stop - here.start, NUM_HEADS, 128, device=device, dtype=torch.bfloat16)
 
     def attend() -> None:
         split.attend(lambda: query + 0, lambda: key + 0, lambda: value + 0)
 
-    for _ in range(2):
-        attend()
-    torch.cuda.synchronize(mesh.meter.device)
-    given = torch.cuda.memory_stats(mesh.meter.device)["num_device_alloc"]
-    for _ in range(NUM_EXCHANGES):
-        attend()
-    taken: int = torch.cuda.memory_stats(mesh.meter.device)["num_device_alloc"] - given
-    torch.cuda.synchronize(mesh.meter.device)
-    return taken
+    meet = Group._meet
+    if in_pairs:
+        Group._meet = Group._pair_up  # type: ignore[method-assign]
+    try:
+        for _ in range(2):
+            attend()
+            torch.cuda.synchronize(device)
+        given = torch.cuda.memory_stats(device)["num_device_alloc"]
+        for _ in range(NUM_ATTENTIONS):
+            attend()
+        end = torch.cuda.Event()
+        end.record()
+        is_ahead = not end.query()
+        taken = torch.cuda.memory_stats(device)["num_device_alloc"] - given
+        torch.cuda.synchronize(device)
+    finally:
+        Group._meet = meet  # type: ignore[method-assign]
+    torch.cuda.empty_cache()
+    return taken, is_ahead
 
 
 def test_exchanges_take_no_new_memory(group: Crew) -> None:
-    """What one layer has exchanged the next one writes over, however far the host is ahead of the GPU."""
-    assert max(group.run(new_memory)) == 0
+    """What one attention has exchanged the next one writes over, however far the host is ahead of the GPU.
+
+    Exchanges in pairs do take new memory, so that the test can tell.
+    """
+    assert group.run(new_memory) == [(0, True)] * 2
+    assert all(taken > 0 and is_ahead for taken, is_ahead in group.run(partial(new_memory, in_pairs=True)))
 
 
 def text_errors(mesh: Mesh) -> tuple[float, float, float, float]:

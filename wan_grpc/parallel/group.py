@@ -85,7 +85,7 @@ class Pending:
         with self._timed(), _in_our_words():
             for work in self._works:
                 work.wait()
-        self._keep = ()
+        self._works = self._keep = ()
 
 
 class Group:
@@ -121,8 +121,9 @@ class Group:
 
         All contiguous, and of the same shapes at both ends of each link.
         """
+        assert len(parts) == len(into) == self.size, (len(parts), len(into), self.ranks)
         others = [index for index in range(self.size) if index != self.index]
-        return self._exchange([({i: parts[i] for i in others}, {i: into[i] for i in others})], kind)
+        return self._meet([({i: parts[i] for i in others}, {i: into[i] for i in others})], kind)
 
     def all_gather(self, part: torch.Tensor, *, sizes: Sequence[int], kind: Exchange) -> torch.Tensor:
         """The parts of all ranks, one after the other: [sizes[i], ...] of the i-th, [sum(sizes), ...] on each."""
@@ -149,7 +150,7 @@ class Group:
         """
         following, previous = (self.index + 1) % self.size, (self.index - 1) % self.size
         pairs = zip(mine, into, strict=True)
-        return self._exchange([({following: leaving}, {previous: arriving}) for leaving, arriving in pairs], kind)
+        return self._meet([({following: leaving}, {previous: arriving}) for leaving, arriving in pairs], kind)
 
     def begin_swap_edges(
         self, to_previous: torch.Tensor, to_next: torch.Tensor | None, *, kind: Exchange
@@ -164,7 +165,8 @@ class Group:
         from_next = None if following is None else _blank(to_previous)
         leaving = _by_peer((previous, to_previous), (following, to_next))
         arriving = _by_peer((previous, from_previous), (following, from_next))
-        return from_previous, from_next, self._exchange([(leaving, arriving)], kind)
+        leaving = {index: line.contiguous() for index, line in leaving.items()}
+        return from_previous, from_next, self._pair_up([(leaving, arriving)], kind)
 
     def gather(self, part: torch.Tensor, *, sizes: Sequence[int], dim: int, kind: Exchange) -> torch.Tensor | None:
         """The parts of all ranks joined along `dim`, of which they have `sizes`, on the first; None on the others."""
@@ -172,11 +174,11 @@ class Group:
             return part
         part = part.contiguous()
         if self.index > 0:
-            self._exchange([({0: part}, {})], kind).wait()
+            self._pair_up([({0: part}, {})], kind).wait()
             return None
         shapes = [(*part.shape[:dim], size, *part.shape[dim + 1 :]) for size in sizes]
         parts = [part, *(part.new_empty(shape) for shape in shapes[1:])]
-        self._exchange([({}, dict(enumerate(parts[1:], start=1)))], kind).wait()
+        self._pair_up([({}, dict(enumerate(parts[1:], start=1)))], kind).wait()
         return torch.cat(parts, dim)
 
     def broadcast(self, tensor: torch.Tensor, *, source: int, kind: Exchange) -> torch.Tensor:
@@ -222,51 +224,56 @@ class Group:
         if links is not None:
             dist.destroy_process_group(links)
 
-    def _exchange(self, rounds: Sequence[tuple[ByPeer, ByPeer]], kind: Exchange) -> Pending:
-        """What leaves and what arrives in each round, by the index of the peer.
+    def _meet(self, rounds: Sequence[tuple[ByPeer, ByPeer]], kind: Exchange) -> Pending:
+        """What leaves and what arrives in each round, by peer. All ranks of the group call this, with as many rounds.
 
-        On GPUs by the call that exchanges among all: torch lets the memory of what is sent from one rank to another be
-        used again only when the device has come past it, and the host, which is layers ahead, would take new memory
-        until there is none.
+        On GPUs each round is one call of all ranks, whatever each of them has for it, since NCCL exchanges empty parts,
+        too. In pairs it would cost memory: torch lets what is sent be used again only when the device has come past
+        it, and the host, which is layers ahead, would take new memory until there is none.
         """
-        rounds = [(_not_empty(leaving), _not_empty(arriving)) for leaving, arriving in rounds]
-        rounds = [(leaving, arriving) for leaving, arriving in rounds if leaving or arriving]
-        if not rounds:
-            return Pending((), nullcontext)
-        self._meter.count(kind, sum(_num_bytes(tensor) for leaving, _ in rounds for tensor in leaving.values()))
+        if self.device.type != "cuda":
+            return self._pair_up(rounds, kind)
+        self._meter.count(kind, _leaving_bytes(rounds))
         with self._gate.passing():
-            if self.device.type == "cuda":
-                works = [self._all_to_all(leaving, arriving) for leaving, arriving in rounds]
-            else:
-                works = self._send_and_receive(rounds)
+            works = [self._all_to_all(leaving, arriving) for leaving, arriving in rounds]
         return Pending(works, lambda: self._meter.timing(kind), keep=rounds)
 
     def _all_to_all(self, leaving: ByPeer, arriving: ByPeer) -> Any:
-        nothing = next(iter((leaving or arriving).values())).new_empty(0)
+        nothing = next(iter(leaving.values())).new_empty(0)
         parts, into = ([tensors.get(index, nothing) for index in range(self.size)] for tensors in (leaving, arriving))
         return dist.all_to_all(into, parts, group=self._open_links, async_op=True)
 
-    def _send_and_receive(self, rounds: Sequence[tuple[ByPeer, ByPeer]]) -> list[Any]:
-        """Gloo's own exchange among all knows parts of one size only."""
-        links = self._open_links
+    def _pair_up(self, rounds: Sequence[tuple[ByPeer, ByPeer]], kind: Exchange) -> Pending:
+        """The same between pairs of ranks alone, where small things are exchanged, or gloo does it.
+
+        Gloo's own exchange of lists among all knows parts of one size only.
+        """
         sends = [(dist.isend, index, part) for leaving, _ in rounds for index, part in leaving.items()]
         receives = [(dist.irecv, index, room) for _, arriving in rounds for index, room in arriving.items()]
-        return dist.batch_isend_irecv(
-            [dist.P2POp(action, tensor, self.ranks[index], links) for action, index, tensor in (*sends, *receives)]
-        )
+        operations = [
+            dist.P2POp(action, tensor, self.ranks[index], self._open_links)
+            for action, index, tensor in (*sends, *receives)
+            if tensor.numel()
+        ]
+        if not operations:
+            return Pending((), nullcontext)
+        self._meter.count(kind, _leaving_bytes(rounds))
+        with self._gate.passing():
+            works = dist.batch_isend_irecv(operations)
+        return Pending(works, lambda: self._meter.timing(kind), keep=operations)
 
     def _count(self, kind: Exchange, tensor: torch.Tensor, rows: int, *, times: int = 1) -> None:
         if tensor.shape[0]:
             self._meter.count(kind, tensor.numel() // tensor.shape[0] * rows * tensor.element_size() * times)
 
 
-def _by_peer(*tensors: tuple[int | None, torch.Tensor | None]) -> ByPeer:
-    """Without what is nobody's or nothing."""
-    return {index: tensor.contiguous() for index, tensor in tensors if index is not None and tensor is not None}
+def _by_peer(*tensors: tuple[int | None, torch.Tensor | None]) -> dict[int, torch.Tensor]:
+    """Leaves out peers and tensors that there are none of."""
+    return {index: tensor for index, tensor in tensors if index is not None and tensor is not None}
 
 
-def _not_empty(tensors: ByPeer) -> ByPeer:
-    return {index: tensor for index, tensor in tensors.items() if tensor.numel()}
+def _leaving_bytes(rounds: Sequence[tuple[ByPeer, ByPeer]]) -> int:
+    return sum(_num_bytes(tensor) for leaving, _ in rounds for tensor in leaving.values())
 
 
 def _blank(like: torch.Tensor) -> torch.Tensor:

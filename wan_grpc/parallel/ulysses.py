@@ -48,23 +48,30 @@ class Ulysses:
         keys = [self._to_heads(states, part) for part in parts]
         states.clear()
         states.append(query())
-        out = torch.empty_like(states[0], memory_format=torch.contiguous_format)
+        shape = states[0].shape
         asked = [self._to_heads(states, part) for part in parts]
         states.clear()
-        leaving = [self._to_tokens(self._attended(attend, asked.pop(0), keys.pop(0)), out, part) for part in parts]
+        out: torch.Tensor | None = None
+        leaving = []
+        for part in parts:
+            attended = self._attended(attend, asked.pop(0), keys.pop(0))
+            out = attended.new_empty(shape) if out is None else out
+            leaving.append(self._to_tokens(attended, out, part))
+        assert out is not None, "there is a part"
         for part, (arriving, pending) in enumerate(leaving):
             pending.wait()
-            self._copy_others(self._heads_by_rank(_words(out), part), arriving)
+            self._copy_others(self._heads_by_rank(out, part), arriving)
         return out
 
     def _attended(
         self, attend: Attend, asked: tuple[torch.Tensor, Pending], keys: tuple[torch.Tensor, Pending]
     ) -> torch.Tensor:
         """What has arrived, attended; nothing of it is held afterwards."""
-        for _, pending in (asked, keys):
-            pending.wait()
-        (query,), (value, key) = (states[0].unbind(1) for states in (asked, keys))
-        return attend(_by_batch(query), _by_batch(key), _by_batch(value))
+        (queries, queries_pending), (others, others_pending) = asked, keys
+        queries_pending.wait()
+        others_pending.wait()
+        value, key = others.unbind(1)
+        return attend(_by_batch(queries[:, 0]), _by_batch(key), _by_batch(value))
 
     def _to_heads(self, states: Sequence[torch.Tensor], part: int) -> tuple[torch.Tensor, Pending]:
         """Send each rank its heads of `states`, with this rank's tokens; all tokens of this rank's heads come back.
@@ -72,34 +79,33 @@ class Ulysses:
         Packed [tokens, len(states), B, heads, D], so that what arrives from several ranks lies in the tokens' order.
         This rank's own are put among them while the others travel.
         """
-        views = [self._heads_by_rank(_words(state), part) for state in states]
+        views = [self._heads_by_rank(state, part) for state in states]
         _, _, *heads = views[0].shape
-        leaving = views[0].new_empty((self._group.size, self._mine, len(states), *heads))
+        leaving = states[0].new_empty((self._group.size, self._mine, len(states), *heads))
         for index, view in enumerate(views):
             self._copy_others(leaving[:, :, index], view)
-        arriving = views[0].new_empty((sum(self._shares), len(states), *heads))
+        arriving = states[0].new_empty((sum(self._shares), len(states), *heads))
         places = torch.split(arriving, list(self._shares))
         pending = self._group.swap(leaving.unbind(), places, kind=Exchange.ULYSSES)
         for index, view in enumerate(views):
-            places[self._group.index][:, index] = view[self._group.index]
-        return arriving.view(states[0].dtype), pending
+            _copy(view[self._group.index], places[self._group.index][:, index])
+        return arriving, pending
 
     def _to_tokens(self, attended: torch.Tensor, out: torch.Tensor, part: int) -> tuple[torch.Tensor, Pending]:
         """Send each rank its tokens of these heads, [B, S, heads, D]; this rank's tokens of other heads come back.
 
         Its tokens of its own heads are put into `out` meanwhile.
         """
-        rows = _words(attended.transpose(0, 1).contiguous())
-        leaving = torch.split(rows, list(self._shares))
-        arriving = rows.new_empty((self._group.size, *leaving[self._group.index].shape))
+        leaving = torch.split(attended.transpose(0, 1).contiguous(), list(self._shares))
+        arriving = attended.new_empty((self._group.size, *leaving[self._group.index].shape))
         pending = self._group.swap(leaving, arriving.unbind(), kind=Exchange.ULYSSES)
-        self._heads_by_rank(_words(out), part)[self._group.index] = leaving[self._group.index]
+        _copy(leaving[self._group.index], self._heads_by_rank(out, part)[self._group.index])
         return arriving, pending
 
     def _copy_others(self, into: torch.Tensor, states: torch.Tensor) -> None:
         """All but what is this rank's own. [ranks, ..] both."""
         for others in (slice(0, self._group.index), slice(self._group.index + 1, self._group.size)):
-            into[others] = states[others]
+            _copy(states[others], into[others])
 
     def _heads_by_rank(self, states: torch.Tensor, part: int) -> torch.Tensor:
         """[B, s, H, D] as [ranks, s, B, heads, D], a view of this part of each rank's heads."""
@@ -109,10 +115,17 @@ class Ulysses:
         return parts[:, :, :, part].permute(2, 1, 0, 3, 4)
 
 
-def _words(states: torch.Tensor) -> torch.Tensor:
-    """The same bytes in words of 8 where they come to whole ones: these are copied faster than values of 2."""
-    is_whole = states.shape[-1] * states.element_size() % _WORD.itemsize == 0
-    return states.view(_WORD) if is_whole else states
+def _copy(source: torch.Tensor, into: torch.Tensor) -> None:
+    """In words of 8 bytes where both come to whole ones: faster than value by value when these have 2."""
+    if _is_in_words(source) and _is_in_words(into):
+        source, into = source.view(_WORD), into.view(_WORD)
+    into.copy_(source)
+
+
+def _is_in_words(states: torch.Tensor) -> bool:
+    *steps, last = states.stride()
+    lengths = (states.shape[-1], states.storage_offset(), *steps)
+    return last == 1 and all(length * states.element_size() % _WORD.itemsize == 0 for length in lengths)
 
 
 def _by_batch(rows: torch.Tensor) -> torch.Tensor:

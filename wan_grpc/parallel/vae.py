@@ -42,8 +42,8 @@ class Strip:
         self._group = group
         self.dim = dim
         self._sizes = sizes
-        self.kept: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Of each convolution in time, the lines before and after the last frames that it saw."""
+        self.kept: dict[tuple[nn.Module, int], torch.Tensor] = {}
+        """Of each convolution in time, the neighbours' lines (0: before, 1: after) beside the last frames it saw."""
 
     @property
     def across(self) -> int:
@@ -199,10 +199,13 @@ def _convolve(
     sides = room.narrow(strip.dim, 0, 1), room.narrow(strip.dim, size + 1, 1)
     pending.wait()
     for index, (side, line) in enumerate(zip(sides, borrowed, strict=True)):
-        side[:, :, new] = 0.0 if line is None else line
+        if line is None:
+            side[:] = 0.0
+            continue
+        side[:, :, new] = line
         if num_cached:
-            side[:, :, cached] = strip.kept[conv][index][:, :, -num_cached:]
-    strip.kept[conv] = (sides[0][:, :, -2:].clone(), sides[1][:, :, -2:].clone())
+            side[:, :, cached] = strip.kept[conv, index][:, :, -num_cached:]
+        strip.kept[conv, index] = side[:, :, -2:].clone()
     padding = (0, 0, 1) if strip.dim == _HEIGHT else (0, 1, 0)
     return F.conv3d(room, conv.weight, conv.bias, conv.stride, padding)
 

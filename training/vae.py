@@ -1,0 +1,113 @@
+"""The VAE of the small models: diffusers' class, narrow, trained on whole clips at once.
+
+Knows how its causal modules see a clip. Does not know what clips show.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanResample
+
+CONFIG: Final[dict[str, Any]] = {
+    "attn_scales": [],
+    "base_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "dropout": 0.0,
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+    "z_dim": 16,
+}
+"""2.6 M parameters; eightfold in space and fourfold in time, as the published one."""
+
+
+def make_vae(*, seed: int) -> AutoencoderKLWan:
+    """One that has learned nothing."""
+    torch.manual_seed(seed)
+    vae: AutoencoderKLWan = AutoencoderKLWan.from_config(CONFIG)
+    return vae
+
+
+@contextmanager
+def whole_clips(vae: AutoencoderKLWan) -> Iterator[None]:
+    """Within the block encoder and decoder take a clip in one piece, and make of it what they make of it in slices.
+
+    The class itself goes through a clip slice by slice with a cache of features, and leaves out time where there is
+    no cache.
+    """
+    resamples = [module for module in vae.modules() if isinstance(module, WanResample)]
+    for module in resamples:
+        module.forward = _on_whole_clip(module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in resamples:
+            del module.forward
+
+
+def _on_whole_clip(module: WanResample) -> Any:
+    per_frame = module.forward  # without a cache it changes the size of frames alone
+
+    def forward(x: torch.Tensor, feat_cache: None = None, feat_idx: None = None) -> torch.Tensor:
+        """[B, C, T, H, W] in; the first frame is its own slice, and stays single."""
+        is_moving = x.shape[2] > 1
+        if module.mode == "upsample3d" and is_moving:
+            x = torch.cat([x[:, :, :1], _doubled(module.time_conv(x[:, :, 1:]))], dim=2)
+        x = per_frame(x)
+        if module.mode == "downsample3d" and is_moving:
+            x = torch.cat([x[:, :, :1], module.time_conv(x)], dim=2)
+        return x
+
+    return forward
+
+
+def _doubled(pairs: torch.Tensor) -> torch.Tensor:
+    """Two frames of C channels that lie in 2 C channels of one, one after the other: [B, C, 2 T, H, W]."""
+    return torch.unflatten(pairs, 1, (2, -1)).movedim(1, 3).flatten(2, 3)
+
+
+def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log variance of the latents of clips [B, 3, T, H, W]; within `whole_clips`."""
+    mean, log_variance = vae.quant_conv(vae.encoder(clips)).chunk(2, dim=1)
+    return mean, log_variance.clamp(-30.0, 20.0)
+
+
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Clips [B, 3, T, H, W] of latents [B, C, t, h, w] as they come from `encode`; within `whole_clips`."""
+    clips: torch.Tensor = vae.decoder(vae.post_quant_conv(latents))
+    return clips
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Of the parts of the loss."""
+
+    edges: float = 0.5
+    """Differences between neighbours in space and time, so that outlines stay sharp."""
+    divergence: float = 1e-6
+    """From the unit normal distribution."""
+
+
+def loss(
+    vae: AutoencoderKLWan, clips: torch.Tensor, *, generator: torch.Generator, weights: Weights
+) -> dict[str, torch.Tensor]:
+    """Parts of the loss over clips [B, 3, T, H, W] in -1 to 1; their sum is `total`."""
+    mean, log_variance = (value.float() for value in encode(vae, clips))
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    made = decode(vae, (mean + torch.exp(0.5 * log_variance) * noise).to(clips.dtype)).float()
+    difference = made - clips.float()
+    edges = [F.l1_loss(made.diff(dim=dim), clips.float().diff(dim=dim)) for dim in (2, 3, 4)]
+    parts = {
+        "pixels": difference.abs().mean(),
+        "edges": weights.edges * torch.stack(edges).sum(),
+        "divergence": weights.divergence * 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean(),
+    }
+    return {**parts, "total": torch.stack(list(parts.values())).sum(), "psnr": psnr(difference)}
+
+
+def psnr(difference: torch.Tensor) -> torch.Tensor:
+    """Peak signal to noise in dB of pixels in -1 to 1, over all of them."""
+    return 10 * torch.log10(4.0 / difference.detach().float().pow(2).mean())
