@@ -12,6 +12,7 @@ from typing import Final
 import torch
 
 from training.world import RGB, Background, Camera, Motion, Pattern, Scene, Shape, Size, Thing
+from wan_grpc.pipeline.decode import to_pictures
 
 _RADIUS: Final = {Size.SMALL: (0.09, 0.12), Size.MEDIUM: (0.14, 0.18), Size.LARGE: (0.21, 0.26)}
 """Of a circle of the same area, as a share of the picture's shorter side."""
@@ -67,8 +68,8 @@ def render(
 
 
 def to_uint8(clips: torch.Tensor) -> torch.Tensor:
-    """[.., 3, T, H, W] in -1 to 1 to uint8 pictures [.., T, H, W, 3]."""
-    return ((clips.clamp(-1.0, 1.0) * 0.5 + 0.5) * 255.0).round().to(torch.uint8).movedim(-4, -1)
+    """Clips [B, 3, T, H, W] in -1 to 1 as pictures, uint8 [B, T, H, W, 3], rounded as decoded videos are."""
+    return torch.stack([to_pictures(clip.unsqueeze(0)) for clip in clips])
 
 
 def _grid(height: int, width: int) -> torch.Tensor:

@@ -7,13 +7,13 @@ import string
 from typing import Any, Final
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import UMT5EncoderModel
 
 from training.world import vocabulary
 from wan_grpc.pipeline.published import T2V_A14B_CONFIGS
 from wan_grpc.pipeline.text import umt5
-from wan_grpc.pipeline.tokenizer import END, END_ID, PAD, UNKNOWN
+from wan_grpc.pipeline.tokenizer import END, PAD, UNKNOWN, mark_end
 
 TEXT_DIM: Final = 128
 _LETTERS: Final = string.ascii_lowercase + string.digits + string.punctuation
@@ -28,10 +28,7 @@ def words_tokenizer() -> Tokenizer:
         [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, END_ID)]
-    )
-    tokenizer.add_special_tokens([PAD, END, UNKNOWN])
+    mark_end(tokenizer)
     return tokenizer
 
 

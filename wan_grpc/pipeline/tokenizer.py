@@ -34,11 +34,16 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    mark_end(tokenizer)
+    return tokenizer
+
+
+def mark_end(tokenizer: Tokenizer) -> None:
+    """Let texts end as T5 ends them, and make the three tokens special that every vocabulary here begins with."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, END_ID)]
     )
     tokenizer.add_special_tokens([PAD, END, UNKNOWN])
-    return tokenizer
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
