@@ -174,7 +174,7 @@ def test_deadline_while_denoising(live: LiveServer) -> None:
 
 def test_deadline_with_another_watcher(live: LiveServer) -> None:
     """When somebody else watches, the deadline of the call that began a generation does not end it."""
-    stream = live.generate(long_spec(num_inference_steps=50), timeout_s=1.0)
+    stream = live.generate(long_spec(num_inference_steps=100), timeout_s=0.6)
     watcher = live.watch(stream.name)
     watcher.until(kind("accepted"))
     assert stream.finish().code == grpc.StatusCode.DEADLINE_EXCEEDED
