@@ -1,5 +1,8 @@
 """One step, one decode and one text on many ranks against one rank, in one run on one machine: time, error, exchanges.
 
+GPUs of one kind differ by a percent. So each makes the whole by itself, all at the same time, and what many make
+together is compared with the mean of that.
+
     python benchmarks/scaling.py --num-gpus 2 --width 1280 --height 720 --out results.json
 
 Random weights of one A14B expert, the VAE and the text encoder (no files needed); the same random inputs everywhere.
@@ -55,7 +58,6 @@ class Case:
 
     name: str
     topology: Topology
-    num_parts: int = 1
     works: tuple[str, ...] = (STEP,)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
@@ -125,10 +127,7 @@ def cases(options: argparse.Namespace, num_heads: int) -> Iterator[Case]:
         name = "cfg 2" if rest == 1 else f"cfg 2 x ulysses {rest}"
         yield Case(name=name, topology=topology, works=tuple(w for w in works if w in (STEP, UNGUIDED, *also)))
     sequence = tuple(w for w in works if w in (STEP, UNGUIDED))
-    for parts in (1, 2, 4):
-        topology = Topology(ulysses=number, num_heads=num_heads)
-        name = f"ulysses {number}" + (f" in {parts} parts" if parts > 1 else "")
-        yield Case(name=name, topology=topology, num_parts=parts, works=sequence)
+    yield Case(name=f"ulysses {number}", topology=Topology(ulysses=number, num_heads=num_heads), works=sequence)
     yield Case(name=f"ring {number}", topology=Topology(ring=number, num_heads=num_heads), works=sequence)
     if TEXT in works:
         topology = Topology(ring=number, text_tensor=number, num_heads=num_heads)
@@ -146,19 +145,24 @@ def run_rank(rank: int, options: argparse.Namespace, directory: str, barrier: An
     for case in cases(options, pipeline.transformers[Expert.HIGH_NOISE].config["num_attention_heads"]):
         if options.only and case.name not in ("one", *options.only):
             continue
-        if rank < case.topology.world_size and case.works:
-            mesh = join(case.topology, rank, device=where, store_path=f"{directory}/{case.name}")
+        is_alone = case.topology.world_size == 1
+        if (is_alone or rank < case.topology.world_size) and case.works:
+            store = f"{directory}/{case.name}" + (f" {rank}" if is_alone else "")
+            mesh = join(case.topology, 0 if is_alone else rank, device=where, store_path=store)
             attention = choose("auto", device=where, dtype=DTYPES[dtype])
-            divide(pipeline, mesh, attention, num_parts=case.num_parts)
-            measure(case, pipeline, mesh, options, wanted)
+            divide(pipeline, mesh, attention)
+            measure(case, pipeline, mesh, options, wanted, barrier=barrier if is_alone else None)
             mesh.drop()
             mesh.leave()
             done.append(case)
-            if rank == 0:
-                print(f"{case.name}: {case.seconds} error {case.error}", flush=True)
+            if rank == 0 or is_alone:
+                print(f"{case.name}, rank {rank}: {case.seconds} error {case.error}", flush=True)
+            if is_alone:
+                Path(directory, f"alone{rank}.json").write_text(json.dumps(case.seconds), encoding="utf-8")
         barrier.wait()
     if rank == 0:
-        report(done, pipeline, options)
+        alone = [json.loads(Path(directory, f"alone{rank}.json").read_text()) for rank in range(options.num_gpus)]
+        report(done, alone, pipeline, options)
 
 
 def find_checkpoint(model_path: str | None, directory: Path) -> Checkpoint:
@@ -179,8 +183,15 @@ def find_checkpoint(model_path: str | None, directory: Path) -> Checkpoint:
 
 
 def measure(
-    case: Case, pipeline: VideoPipeline, mesh: Mesh, options: argparse.Namespace, wanted: dict[str, torch.Tensor]
+    case: Case,
+    pipeline: VideoPipeline,
+    mesh: Mesh,
+    options: argparse.Namespace,
+    wanted: dict[str, torch.Tensor],
+    *,
+    barrier: Any | None,
 ) -> None:
+    """barrier: where all meet who do the same beside each other."""
     inputs = make_inputs(pipeline, options)
     works = {
         STEP: lambda: step(pipeline, inputs, is_guided=True),
@@ -197,6 +208,8 @@ def measure(
         for _ in range(options.repeats):
             device.synchronize(pipeline.device)
             mesh.agree(0)  # all begin together
+            if barrier is not None:
+                barrier.wait()
             began = time.perf_counter()
             result = works[name]()
             device.synchronize(pipeline.device)
@@ -317,15 +330,21 @@ def ignore(progress: Progress) -> None:
 # ---- what is said ---------------------------------------------------------------------------------------------------
 
 
-def report(done: list[Case], pipeline: VideoPipeline, options: argparse.Namespace) -> None:
-    one = done[0]
+def report(
+    done: list[Case], alone: list[dict[str, list[float]]], pipeline: VideoPipeline, options: argparse.Namespace
+) -> None:
+    """alone: seconds of each work on each GPU by itself."""
+    medians = {work: [statistics.median(seconds[work]) for seconds in alone] for work in alone[0]}
+    one = {work: statistics.mean(seconds) for work, seconds in medians.items()}
     name = device.describe_device(pipeline.device)
     shape = f"{options.width}x{options.height}x{options.num_frames}"
     print(f"\n{options.num_gpus} x {name}, torch {torch.__version__}, {pipeline.dtype_name}, {shape}")
+    for work, seconds in medians.items():
+        print(f"each GPU alone, median s of a {work}: {seconds}, mean {one[work]:.3f}")
     print(f"{'case':24} {'work':9} {'median s':>9} {'speed-up':>9} {'error':>9}  {'peak GiB':>8}  exchanges on rank 0")
     for case in done:
         for work, seconds in case.seconds.items():
-            ratio = statistics.median(one.seconds[work]) / statistics.median(seconds)
+            ratio = one[work] / statistics.median(seconds)
             waits = [
                 f"{key.partition(': ')[2]} {value:g}" for key, value in case.exchanges.items() if key.startswith(work)
             ]
@@ -335,7 +354,13 @@ def report(done: list[Case], pipeline: VideoPipeline, options: argparse.Namespac
         if case.kernels:
             print(f"{case.name:24} kernels of a step, s: {case.kernels}")
     if options.out:
-        result = {"device": name, "torch": torch.__version__, "video": shape, "cases": [asdict(case) for case in done]}
+        result = {
+            "device": name,
+            "torch": torch.__version__,
+            "video": shape,
+            "alone": alone,
+            "cases": [asdict(case) for case in done],
+        }
         Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 

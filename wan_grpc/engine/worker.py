@@ -172,9 +172,9 @@ def _prepare(config: RankConfig) -> tuple[Mesh, VideoPipeline]:
     return mesh, pipeline
 
 
-def divide(pipeline: VideoPipeline, mesh: Mesh, attention: Attention, *, num_parts: int = 1) -> None:
+def divide(pipeline: VideoPipeline, mesh: Mesh, attention: Attention) -> None:
     """Let the ranks of `mesh` compute each video together. With one rank every part is the whole."""
-    sequence = SequenceSplit(mesh, attention.function, attention.with_lse, num_parts=num_parts)
+    sequence = SequenceSplit(mesh, attention.function, attention.with_lse)
     for transformer in pipeline.transformers.values():
         transformer.set_attention(sequence.attend)
         transformer.token_split = sequence

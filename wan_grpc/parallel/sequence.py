@@ -17,12 +17,10 @@ from wan_grpc.parallel.ulysses import Attend, MakeStates, Ulysses
 class SequenceSplit:
     """Divides the tokens of each pass between the ranks that the layout in use gives it."""
 
-    def __init__(self, mesh: Mesh, attend: Attend, attend_with_lse: AttendWithLse, *, num_parts: int = 1) -> None:
-        """num_parts: in how many parts heads are exchanged, if they fall into so many; see Ulysses."""
+    def __init__(self, mesh: Mesh, attend: Attend, attend_with_lse: AttendWithLse) -> None:
         self._mesh = mesh
         self._attend = attend
         self._attend_with_lse = attend_with_lse
-        self._num_parts = num_parts
         self._shares: tuple[int, ...] = ()
         """Tokens of each rank of the pass."""
         self.use(mesh.layout(1))
@@ -54,7 +52,7 @@ class SequenceSplit:
         if group.size == 1:
             return self._around_the_ring(query(), key(), value())
         first = self._layout.ring_index(self._mesh.rank) * group.size
-        ulysses = Ulysses(group, self._shares[first : first + group.size], num_parts=self._num_parts)
+        ulysses = Ulysses(group, self._shares[first : first + group.size])
         return ulysses.attention(query, key, value, attend=self._around_the_ring)
 
     def _around_the_ring(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

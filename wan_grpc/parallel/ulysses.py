@@ -22,16 +22,11 @@ _WORD: Final = torch.int64
 class Ulysses:
     """The exchange of tokens for heads, and back, within one group. Made for one layer, used once."""
 
-    def __init__(self, group: Group, shares: Sequence[int], *, num_parts: int = 1) -> None:
-        """shares: tokens of each rank.
-
-        num_parts: parts of a rank's heads that are exchanged one by one, each while the one before is attended; 1 if
-        they do not fall into so many.
-        """
+    def __init__(self, group: Group, shares: Sequence[int]) -> None:
+        """shares: tokens of each rank."""
         self._group = group
         self._shares = shares
         self._mine = shares[group.index]
-        self._num_parts = num_parts
 
     def attention(self, query: MakeStates, key: MakeStates, value: MakeStates, *, attend: Attend) -> torch.Tensor:
         """Attention among the tokens of all ranks, for those of this one: [B, s, H, D].
@@ -42,44 +37,24 @@ class Ulysses:
             ExchangeBrokenError: another rank is gone.
         """
         states = [value(), key()]
-        if states[0].shape[2] % (self._group.size * self._num_parts):
-            self._num_parts = 1
-        parts = range(self._num_parts)
-        keys = [self._to_heads(states, part) for part in parts]
-        states.clear()
-        states.append(query())
+        keys, keys_pending = self._to_heads(states)
+        states = [query()]
         shape = states[0].shape
-        asked = [self._to_heads(states, part) for part in parts]
+        queries, queries_pending = self._to_heads(states)
         states.clear()
-        out: torch.Tensor | None = None
-        leaving = []
-        for part in parts:
-            attended = self._attended(attend, asked.pop(0), keys.pop(0))
-            out = attended.new_empty(shape) if out is None else out
-            leaving.append(self._to_tokens(attended, out, part))
-        assert out is not None, "there is a part"
-        for part, (arriving, pending) in enumerate(leaving):
-            pending.wait()
-            self._copy_others(self._heads_by_rank(out, part), arriving)
-        return out
-
-    def _attended(
-        self, attend: Attend, asked: tuple[torch.Tensor, Pending], keys: tuple[torch.Tensor, Pending]
-    ) -> torch.Tensor:
-        """What has arrived, attended; nothing of it is held afterwards."""
-        (queries, queries_pending), (others, others_pending) = asked, keys
         queries_pending.wait()
-        others_pending.wait()
-        value, key = others.unbind(1)
-        return attend(_by_batch(queries[:, 0]), _by_batch(key), _by_batch(value))
+        keys_pending.wait()
+        attended = attend(_by_batch(queries[:, 0]), _by_batch(keys[:, 1]), _by_batch(keys[:, 0]))
+        del queries, keys
+        return self._to_tokens(attended, attended.new_empty(shape))
 
-    def _to_heads(self, states: Sequence[torch.Tensor], part: int) -> tuple[torch.Tensor, Pending]:
+    def _to_heads(self, states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Pending]:
         """Send each rank its heads of `states`, with this rank's tokens; all tokens of this rank's heads come back.
 
         Packed [tokens, len(states), B, heads, D], so that what arrives from several ranks lies in the tokens' order.
         This rank's own are put among them while the others travel.
         """
-        views = [self._heads_by_rank(state, part) for state in states]
+        views = [self._heads_by_rank(state) for state in states]
         _, _, *heads = views[0].shape
         leaving = states[0].new_empty((self._group.size, self._mine, len(states), *heads))
         for index, view in enumerate(views):
@@ -91,28 +66,27 @@ class Ulysses:
             _copy(view[self._group.index], places[self._group.index][:, index])
         return arriving, pending
 
-    def _to_tokens(self, attended: torch.Tensor, out: torch.Tensor, part: int) -> tuple[torch.Tensor, Pending]:
-        """Send each rank its tokens of these heads, [B, S, heads, D]; this rank's tokens of other heads come back.
-
-        Its tokens of its own heads are put into `out` meanwhile.
-        """
+    def _to_tokens(self, attended: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Send each rank its tokens of these heads, [B, S, heads, D]; fill `out`, [B, s, H, D], with this rank's."""
         leaving = torch.split(attended.transpose(0, 1).contiguous(), list(self._shares))
         arriving = attended.new_empty((self._group.size, *leaving[self._group.index].shape))
         pending = self._group.swap(leaving, arriving.unbind(), kind=Exchange.ULYSSES)
-        _copy(leaving[self._group.index], self._heads_by_rank(out, part)[self._group.index])
-        return arriving, pending
+        places = self._heads_by_rank(out)
+        _copy(leaving[self._group.index], places[self._group.index])
+        pending.wait()
+        self._copy_others(places, arriving)
+        return out
 
     def _copy_others(self, into: torch.Tensor, states: torch.Tensor) -> None:
         """All but what is this rank's own. [ranks, ..] both."""
         for others in (slice(0, self._group.index), slice(self._group.index + 1, self._group.size)):
             _copy(states[others], into[others])
 
-    def _heads_by_rank(self, states: torch.Tensor, part: int) -> torch.Tensor:
-        """[B, s, H, D] as [ranks, s, B, heads, D], a view of this part of each rank's heads."""
+    def _heads_by_rank(self, states: torch.Tensor) -> torch.Tensor:
+        """[B, s, H, D] as [ranks, s, B, heads, D], a view of each rank's heads."""
         batch, num_tokens, num_heads, width = states.shape
-        heads = num_heads // (self._group.size * self._num_parts)
-        parts = states.view(batch, num_tokens, self._group.size, self._num_parts, heads, width)
-        return parts[:, :, :, part].permute(2, 1, 0, 3, 4)
+        heads = states.view(batch, num_tokens, self._group.size, num_heads // self._group.size, width)
+        return heads.permute(2, 1, 0, 3, 4)
 
 
 def _copy(source: torch.Tensor, into: torch.Tensor) -> None:
