@@ -122,13 +122,14 @@ def cases(options: argparse.Namespace, num_heads: int) -> Iterator[Case]:
     yield Case(name="one", topology=Topology(num_heads=num_heads), works=works)
     if number % 2 == 0:
         rest = number // 2
-        also = (DECODE, TEXT) if number == 2 else ()
         topology = Topology(cfg=2, ulysses=rest, num_heads=num_heads)
         name = "cfg 2" if rest == 1 else f"cfg 2 x ulysses {rest}"
-        yield Case(name=name, topology=topology, works=tuple(w for w in works if w in (STEP, UNGUIDED, *also)))
+        yield Case(name=name, topology=topology, works=works)
     sequence = tuple(w for w in works if w in (STEP, UNGUIDED))
     yield Case(name=f"ulysses {number}", topology=Topology(ulysses=number, num_heads=num_heads), works=sequence)
     yield Case(name=f"ring {number}", topology=Topology(ring=number, num_heads=num_heads), works=sequence)
+    if number == 4:
+        yield Case(name="ring 2 x ulysses 2", topology=Topology(ring=2, ulysses=2, num_heads=num_heads), works=sequence)
     if TEXT in works:
         topology = Topology(ring=number, text_tensor=number, num_heads=num_heads)
         yield Case(name=f"text tensor {number}", topology=topology, works=(TEXT,))  # last: it cuts the encoder

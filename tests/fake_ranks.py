@@ -185,7 +185,9 @@ class FakeExecutor:
 
     def set_ready(self, is_ready: bool) -> None:
         self.ready = tuple(
-            Ready(rank=rank, device="cpu", dtype="float32", attention="fake_sdpa", used_bytes=use.used_bytes)
+            Ready(
+                rank=rank, device="cpu", dtype="float32", attention="fake_sdpa", used_bytes=use.used_bytes, links_s=0.0
+            )
             for rank, use in enumerate(MEMORY if is_ready else ())
         )
         self.detail = "ready" if is_ready else "the ranks are starting"

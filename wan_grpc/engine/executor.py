@@ -310,6 +310,7 @@ class Executor:
             raise self._too_late(group.missing) from None
         if lost.done():  # after the last of them was ready, and before this was told
             raise _StartError(lost.result().detail)
+        self._watchdog.set_links(min(each.links_s for each in ready))  # others began to wait earlier
         self._announce(ready, time.monotonic() - began)
         return lost
 
@@ -342,7 +343,7 @@ class Executor:
             assert self._group is not None
             run.failed_at = asyncio.get_running_loop().time()
             self._group.abort(failed.generation)
-            self._watchdog.leave("a failure on one rank")
+            self._watchdog.leave("a failure on one rank", with_new_links=True)
         return True
 
     def _note_end_of_run(self) -> None:

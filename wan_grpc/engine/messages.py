@@ -87,6 +87,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     dtype: str
     attention: str
     used_bytes: int
+    links_s: float
+    """That it took to make the links to the other ranks, waiting for them included."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -147,6 +147,8 @@ class Watchdog:
         self._stages_timed: set[Stage] = set()
         self._shapes_done: set[tuple[Stage, int, int, int]] = set()
         self._awaited = ""
+        self._links_s = 0.0
+        self._allowed_s = 0.0
         self._since = self._now()
         self._stopped_s: dict[int, float] = {}
         self._is_taking = False
@@ -155,6 +157,10 @@ class Watchdog:
 
     # ---- what the ranks are at --------------------------------------------------------------------------------------
 
+    def set_links(self, links_s: float) -> None:
+        """How long the ranks took to make their links to each other."""
+        self._links_s = links_s
+
     def begin(self, video: VideoRequest) -> None:
         """The ranks were told to compute `video`."""
         self._video = video
@@ -162,6 +168,7 @@ class Watchdog:
         self._last_s = 0.0
         self._longest, self._stages_timed = {}, set()
         self._awaited = "step"
+        self._allowed_s = 0.0
         self._since = self._now()
 
     def take(self, progress: Progress) -> None:
@@ -177,8 +184,12 @@ class Watchdog:
         if self._awaited == "step":
             self._since = now
 
-    def leave(self, why: str) -> None:
-        """The ranks were told to leave, and have the time of one step for it. `why`: in the words of a sentence."""
+    def leave(self, why: str, *, with_new_links: bool = False) -> None:
+        """The ranks were told to leave, and have the time of one step for it. `why`: in the words of a sentence.
+
+        with_new_links: they make their links anew before they say that they have left.
+        """
+        self._allowed_s = _FACTOR * self._links_s if with_new_links else 0.0
         self._awaited = f"end after {why}"
         self._since = self._now()
 
@@ -250,6 +261,8 @@ class Watchdog:
         else:
             usual = f"it was expected within {expected.seconds:.3g} s"
             setting = f"allowed are {_FACTOR:g} times that and {self._grace()}"
+        if self._allowed_s:
+            usual += f", with {self._allowed_s:.3g} s more for new links between the ranks"
         named = "".join(f"; {rank} is stopped" for rank in self._stopped())
         return Hang(detail=f"no {self._awaited} came for {silent_s:.3g} s, and {usual}{named}", setting=setting)
 
@@ -260,7 +273,7 @@ class Watchdog:
         return f"--watchdog-grace-s {self._patience.grace_s:g}"
 
     def _bound_s(self) -> float:
-        return math.inf if self._video is None else self._patience.bound_s(self._expected())
+        return math.inf if self._video is None else self._patience.bound_s(self._expected()) + self._allowed_s
 
     def _expected(self) -> Expected | None:
         """How long the step under way should take; None while that is not known, and when there is none."""

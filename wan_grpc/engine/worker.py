@@ -89,7 +89,7 @@ def main(config_bytes: bytes, pipe: Connection, lifeline: Connection, ring_fd: i
     except UnusableModelError as error:
         pipe.send_bytes(messages.encode(LoadFailed(rank=config.rank, message=str(error))))
         raise SystemExit(1) from error
-    pipe.send_bytes(messages.encode(_ready(config.rank, pipeline)))
+    pipe.send_bytes(messages.encode(_ready(mesh, pipeline)))
     try:
         _serve(mesh, pipeline, Outlet(pipe, ring), alarm)
     except PeersLostError as error:
@@ -185,13 +185,14 @@ def divide(pipeline: VideoPipeline, mesh: Mesh, attention: Attention) -> None:
     pipeline.free_memory()
 
 
-def _ready(rank: int, pipeline: VideoPipeline) -> Ready:
+def _ready(mesh: Mesh, pipeline: VideoPipeline) -> Ready:
     return Ready(
-        rank=rank,
+        rank=mesh.rank,
         device=devices.describe_device(pipeline.device),
         dtype=pipeline.dtype_name,
         attention=pipeline.attention_name,
         used_bytes=devices.used_bytes(pipeline.device),
+        links_s=mesh.build_s,
     )
 
 

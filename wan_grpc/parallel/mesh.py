@@ -7,6 +7,7 @@ import gc
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -81,6 +82,8 @@ class Mesh:
         self.meter = Meter(device)
         self._gate = Gate()
         self._groups: dict[Partition, Group] = {}
+        self.build_s = 0.0
+        """That the last `build` took."""
 
     @property
     def is_first(self) -> bool:
@@ -145,6 +148,7 @@ class Mesh:
 
         After `drop` it makes them anew; all ranks must have dropped theirs.
         """
+        began = time.monotonic()
         self._gate.open()
         partitions = _partitions(self.topology)
         made = {ranks: self._make(ranks) for ranks in dict.fromkeys(chain.from_iterable(partitions))}
@@ -153,6 +157,7 @@ class Mesh:
         self.meter.reset()
         with _peers():
             dist.barrier()
+        self.build_s = time.monotonic() - began
 
     def _make(self, ranks: tuple[int, ...]) -> Group | None:
         """The group of these ranks; None if this rank is not one of them. Torch wants all ranks to take part."""

@@ -550,7 +550,7 @@ def attached(group: RankGroup, dial: Callable[..., Connection], rank: int) -> tu
 
 
 def ready(rank: int) -> Ready:
-    return Ready(rank=rank, device="cpu", dtype="float32", attention="a", used_bytes=rank)
+    return Ready(rank=rank, device="cpu", dtype="float32", attention="a", used_bytes=rank, links_s=0.0)
 
 
 def test_a_group_listens_to_ranks_of_other_hosts(

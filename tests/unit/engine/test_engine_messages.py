@@ -30,7 +30,7 @@ VIDEO = resolve(ask(), CARD, fallback_seed=0)
 ORDERS = [Run(generation="generations/1", video=VIDEO), Stop()]
 TO_RANK = [*ORDERS, Cancel(generation="generations/1"), SlotFreed(slot=7)]
 FROM_RANK = [
-    Ready(rank=1, device="cpu (1 threads)", dtype="float32", attention="torch_sdpa", used_bytes=2**40),
+    Ready(rank=1, device="cpu (1 threads)", dtype="float32", attention="torch_sdpa", used_bytes=2**40, links_s=1.5),
     LoadFailed(rank=0, message="transformer/ lacks 3 tensors"),
     StepDone(progress=Progress(stage=Stage.TEXT, step=0, total_steps=2)),
     StepDone(
