@@ -54,7 +54,7 @@ STEP, UNGUIDED, DECODE, TEXT = "step", "unguided", "decode", "text"
 
 @dataclass(kw_only=True)
 class Case:
-    """One way to divide the work, and what it came to on rank 0."""
+    """One way to divide the work, and what it came to on one rank."""
 
     name: str
     topology: Topology
@@ -146,7 +146,7 @@ def run_rank(rank: int, options: argparse.Namespace, directory: str, barrier: An
     for case in cases(options, pipeline.transformers[Expert.HIGH_NOISE].config["num_attention_heads"]):
         if options.only and case.name not in ("one", *options.only):
             continue
-        is_alone = case.topology.world_size == 1
+        is_alone = case.name == "one"
         if (is_alone or rank < case.topology.world_size) and case.works:
             store = f"{directory}/{case.name}" + (f" {rank}" if is_alone else "")
             mesh = join(case.topology, 0 if is_alone else rank, device=where, store_path=store)

@@ -65,7 +65,7 @@ class StandInRanks:
             directory=directory,
         )
         self.changed = Bell()
-        self.ready = (Ready(rank=0, device="none", dtype="none", attention="none", used_bytes=0),)
+        self.ready = (Ready(links_s=0.0, rank=0, device="none", dtype="none", attention="none", used_bytes=0),)
         self.memory: tuple[MemoryUse, ...] = ()
         self.detail = "ready"
         self.is_ready = True

@@ -229,7 +229,8 @@ class RankSettings(Settings):
     start_timeout_s: Seconds = _setting(1800.0, "longest time for the ranks to load the model", group="model and ranks")
     watchdog_grace_s: Seconds = _setting(
         10.0,
-        "ranks that are silent for longer than three steps take and this time are ended and started again",
+        "ranks that are silent for longer than three steps take and this time are ended and started again; after a "
+        "failure on one of them three times what their links took is added",
         group="model and ranks",
     )
     first_step_timeout_s: Seconds = _setting(

@@ -51,6 +51,12 @@ async def test_a_rank_that_fails(
     assert (four.pids, len(four.seen(GroupRestarting))) == (pids, restarts)
 
 
+async def test_ranks_tell_how_long_their_links_took(four: Live) -> None:
+    """A time of their own each, which is what they are granted again for new ones."""
+    assert all(0.0 < ready.links_s < 60.0 for ready in four.executor.ready)
+    assert len({ready.links_s for ready in four.executor.ready}) > 1
+
+
 @pytest.mark.parametrize(("stage", "count"), STAGES)
 async def test_a_rank_that_is_killed(four: Live, reference: bytes, stage: str, count: int) -> None:
     """A rank that dies in any stage is told of, and new ranks make the next video right."""

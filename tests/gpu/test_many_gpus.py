@@ -286,7 +286,7 @@ async def test_a_gpu_rank_that_dies_or_hangs(live: Live, what: str) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_cancels_on_two_gpus(live: Live) -> None:
+async def test_cancels(live: Live) -> None:
     """Ten cancels in any stage, and after each the next video is right."""
     reference, pids = await live.make(), live.pids
     for number in range(10):

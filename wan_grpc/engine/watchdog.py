@@ -148,7 +148,7 @@ class Watchdog:
         self._shapes_done: set[tuple[Stage, int, int, int]] = set()
         self._awaited = ""
         self._links_s = 0.0
-        self._allowed_s = 0.0
+        self._extra_s = 0.0
         self._since = self._now()
         self._stopped_s: dict[int, float] = {}
         self._is_taking = False
@@ -168,7 +168,7 @@ class Watchdog:
         self._last_s = 0.0
         self._longest, self._stages_timed = {}, set()
         self._awaited = "step"
-        self._allowed_s = 0.0
+        self._extra_s = 0.0
         self._since = self._now()
 
     def take(self, progress: Progress) -> None:
@@ -189,7 +189,7 @@ class Watchdog:
 
         with_new_links: they make their links anew before they say that they have left.
         """
-        self._allowed_s = _FACTOR * self._links_s if with_new_links else 0.0
+        self._extra_s = _FACTOR * self._links_s if with_new_links else 0.0
         self._awaited = f"end after {why}"
         self._since = self._now()
 
@@ -256,13 +256,14 @@ class Watchdog:
         if expected is None:
             usual = f"{self._patience.first_step_timeout_s:g} s are allowed for a step that was never timed"
         elif self._patience.is_guess(expected):
-            bound_s = self._bound_s()
-            usual = f"{bound_s:.3g} s are allowed for a step of which only smaller ones were timed"
+            usual = (
+                f"{self._patience.bound_s(expected):.3g} s are allowed for a step of which only smaller ones were timed"
+            )
         else:
             usual = f"it was expected within {expected.seconds:.3g} s"
             setting = f"allowed are {_FACTOR:g} times that and {self._grace()}"
-        if self._allowed_s:
-            usual += f", with {self._allowed_s:.3g} s more for new links between the ranks"
+        if self._extra_s:
+            setting += f", and {self._extra_s:.3g} s for new links between the ranks"
         named = "".join(f"; {rank} is stopped" for rank in self._stopped())
         return Hang(detail=f"no {self._awaited} came for {silent_s:.3g} s, and {usual}{named}", setting=setting)
 
@@ -273,7 +274,7 @@ class Watchdog:
         return f"--watchdog-grace-s {self._patience.grace_s:g}"
 
     def _bound_s(self) -> float:
-        return math.inf if self._video is None else self._patience.bound_s(self._expected()) + self._allowed_s
+        return math.inf if self._video is None else self._patience.bound_s(self._expected()) + self._extra_s
 
     def _expected(self) -> Expected | None:
         """How long the step under way should take; None while that is not known, and when there is none."""

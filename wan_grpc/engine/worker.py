@@ -192,7 +192,7 @@ def _ready(mesh: Mesh, pipeline: VideoPipeline) -> Ready:
         dtype=pipeline.dtype_name,
         attention=pipeline.attention_name,
         used_bytes=devices.used_bytes(pipeline.device),
-        links_s=mesh.build_s,
+        links_s=mesh.links_s,
     )
 
 

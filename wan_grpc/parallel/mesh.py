@@ -82,8 +82,8 @@ class Mesh:
         self.meter = Meter(device)
         self._gate = Gate()
         self._groups: dict[Partition, Group] = {}
-        self.build_s = 0.0
-        """That the last `build` took."""
+        self.links_s = 0.0
+        """That the last `build` took, waiting for the other ranks included."""
 
     @property
     def is_first(self) -> bool:
@@ -157,7 +157,7 @@ class Mesh:
         self.meter.reset()
         with _peers():
             dist.barrier()
-        self.build_s = time.monotonic() - began
+        self.links_s = time.monotonic() - began
 
     def _make(self, ranks: tuple[int, ...]) -> Group | None:
         """The group of these ranks; None if this rank is not one of them. Torch wants all ranks to take part."""
@@ -270,6 +270,7 @@ def join(
     os.environ.update(_NCCL_LEAVES_IT_TO_US)  # whatever torchrun has put there
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # opens the device before all meet, so that it is no part of the links' time
     if store is None:
         assert store_path is not None, "there is a place to meet"
         store = dist.FileStore(store_path, topology.world_size)  # type: ignore[attr-defined]  # exported at run time

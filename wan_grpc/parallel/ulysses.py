@@ -36,17 +36,13 @@ class Ulysses:
         Raises:
             ExchangeBrokenError: another rank is gone.
         """
-        states = [value(), key()]
-        keys, keys_pending = self._to_heads(states)
-        states = [query()]
-        shape = states[0].shape
-        queries, queries_pending = self._to_heads(states)
-        states.clear()
+        keys, keys_pending = self._to_heads([value(), key()])  # no name holds what was sent
+        queries, queries_pending = self._to_heads([query()])
         queries_pending.wait()
         keys_pending.wait()
         attended = attend(_by_batch(queries[:, 0]), _by_batch(keys[:, 1]), _by_batch(keys[:, 0]))
         del queries, keys
-        return self._to_tokens(attended, attended.new_empty(shape))
+        return self._to_tokens(attended)
 
     def _to_heads(self, states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Pending]:
         """Send each rank its heads of `states`, with this rank's tokens; all tokens of this rank's heads come back.
@@ -66,8 +62,10 @@ class Ulysses:
             _copy(view[self._group.index], places[self._group.index][:, index])
         return arriving, pending
 
-    def _to_tokens(self, attended: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Send each rank its tokens of these heads, [B, S, heads, D]; fill `out`, [B, s, H, D], with this rank's."""
+    def _to_tokens(self, attended: torch.Tensor) -> torch.Tensor:
+        """Send each rank its tokens of these heads, [B, S, heads, D]; its own, [B, s, H, D], come back."""
+        batch, _, num_heads, width = attended.shape
+        out = attended.new_empty((batch, self._mine, num_heads * self._group.size, width))
         leaving = torch.split(attended.transpose(0, 1).contiguous(), list(self._shares))
         arriving = attended.new_empty((self._group.size, *leaving[self._group.index].shape))
         pending = self._group.swap(leaving, arriving.unbind(), kind=Exchange.ULYSSES)

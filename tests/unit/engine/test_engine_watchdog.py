@@ -530,8 +530,8 @@ async def test_a_failure_from_which_the_others_do_not_come_out(ranks: Ranks) -> 
     (restarting,) = ranks.seen(GroupRestarting)
     assert restarting == GroupRestarting(
         cause=RestartCause.EXCHANGE_FAILED,
-        detail="no end after a failure on one rank came for 22 s, and it was expected within 2 s, with 6 s more "
-        "for new links between the ranks (allowed are 3 times that and --watchdog-grace-s 10)",
+        detail="no end after a failure on one rank came for 22 s, and it was expected within 2 s "
+        "(allowed are 3 times that and --watchdog-grace-s 10, and 6 s for new links between the ranks)",
     )
     assert (await computation.failure()).reason is Reason.RANK_DIED
     await eventually(lambda: len(ranks.groups) == 2, "a new group starts")
@@ -540,6 +540,21 @@ async def test_a_failure_from_which_the_others_do_not_come_out(ranks: Ranks) -> 
     assert ranks.seen(GroupRecovered) == [
         GroupRecovered(cause=RestartCause.EXCHANGE_FAILED, seconds=pytest.approx(42.0, abs=2.0))
     ]
+
+
+async def test_new_links_have_their_time_once(ranks: Ranks) -> None:
+    """A cancel of the next generation finds the bound of its step alone."""
+    computation = await ranks.begin()
+    await computation.reach(Stage.DENOISE, seconds=1.0)
+    await computation.step(Stage.DENOISE, 1, seconds=2.0)
+    await computation.say(RankFailed(generation="g", rank=1, failure=INTERNAL))
+    await ranks.are_trusted_for(3 * 2.0 + GRACE_S + LINKS_S)
+    await computation.end(INTERNAL)
+    computation = await ranks.begin("h")
+    await computation.reach(Stage.DENOISE, seconds=1.0)
+    await computation.step(Stage.DENOISE, 1, seconds=2.0)
+    ranks.executor.cancel("h")
+    assert await ranks.given_up_after(40) == within(3 * 2.0 + GRACE_S)
 
 
 async def test_a_failure_that_comes_after_the_end(ranks: Ranks) -> None:
