@@ -40,10 +40,20 @@ def loss(
     levels: torch.Tensor,
     *,
     generator: torch.Generator,
+    has_image: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of the slope from `latents` [B, C, t, h, w] to noise at `levels` [B], given `text`."""
+    """Mean squared error of the slope from `latents` [B, C, t, h, w] to noise at `levels` [B], given `text`.
+
+    has_image: [B], whether the first latent frame is given. It is then without noise, at level 0, and has no error; and
+    the expert is told the level of each token, as in TI2V-5B. None: one level a clip.
+    """
     noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-    noisy = torch.lerp(latents, noise, levels.view(-1, 1, 1, 1, 1).to(latents.dtype))
-    [slope] = expert(noisy, levels * NUM_TIMESTEPS, text, return_dict=False)
+    is_given = torch.zeros_like(latents[:, :1], dtype=torch.bool)
+    if has_image is not None:
+        is_given[:, :, 0] = has_image.view(-1, 1, 1, 1)
+    every = levels.view(-1, 1, 1, 1, 1).expand(is_given.shape).masked_fill(is_given, 0.0)
+    noisy = torch.lerp(latents, noise, every.to(latents.dtype))
+    told = levels if has_image is None else every[:, 0, :, ::2, ::2].flatten(1)
+    [slope] = expert(noisy, told * NUM_TIMESTEPS, text, return_dict=False)
     error: torch.Tensor = slope.float() - (noise - latents).float()
-    return error.pow(2).mean()
+    return error.pow(2).masked_fill(is_given, 0.0).sum() / (~is_given).expand_as(error).sum()

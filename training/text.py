@@ -52,21 +52,23 @@ def make_text_model(*, seed: int) -> UMT5EncoderModel:
     return umt5(text_config())
 
 
-class Captions:
-    """Embeds captions as the pipelines do: zeros after the last token."""
+class Words:
+    """Captions as tokens."""
 
-    def __init__(self, model: UMT5EncoderModel, *, num_tokens: int) -> None:
-        """num_tokens: to which embeddings are padded; the pipelines' 512 would cost time and add zeros alone."""
-        self._model = model
+    def __init__(self, *, num_tokens: int) -> None:
+        """num_tokens: to which all are padded or cut."""
         self._tokenizer = words_tokenizer()
         self._tokenizer.enable_padding(length=num_tokens, pad_token=PAD)
         self._tokenizer.enable_truncation(num_tokens)
 
-    def embed(self, captions: list[str]) -> torch.Tensor:
-        """[B, num_tokens, TEXT_DIM]."""
+    def tokens(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Their numbers and which of them there are, 1 or 0: [B, num_tokens] both."""
         encodings = self._tokenizer.encode_batch(captions)
-        device = self._model.device
-        tokens = torch.tensor([encoding.ids for encoding in encodings], device=device)
-        mask = torch.tensor([encoding.attention_mask for encoding in encodings], device=device)
-        embedded: torch.Tensor = self._model(tokens, mask).last_hidden_state
-        return embedded * mask.unsqueeze(2)
+        ids = torch.tensor([encoding.ids for encoding in encodings])
+        return ids, torch.tensor([encoding.attention_mask for encoding in encodings])
+
+
+def embed(model: UMT5EncoderModel, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[B, num_tokens, TEXT_DIM] of captions, zero after the last token, as the pipelines have it."""
+    embedded: torch.Tensor = model(tokens, mask).last_hidden_state
+    return embedded * mask.unsqueeze(2)

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanResample
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanResample
+from torch import nn
 
 from wan_grpc.pipeline.published import T2V_A14B_CONFIGS
 
@@ -32,14 +33,37 @@ def whole_clips(vae: AutoencoderKLWan) -> Iterator[None]:
     The class itself goes through a clip slice by slice with a cache of features, and leaves out time where there is
     no cache.
     """
-    resamples = [module for module in vae.modules() if isinstance(module, WanResample)]
-    for module in resamples:
-        module.forward = _on_whole_clip(module)  # type: ignore[method-assign]
+    changed: list[nn.Module] = []
+    for module in vae.modules():
+        if isinstance(module, WanResample):
+            module.forward = _on_whole_clip(module)  # type: ignore[method-assign]
+            changed.append(module)
+        elif isinstance(module, WanCausalConv3d) and module.kernel_size[0] > 1 and module.stride == (1, 1, 1):
+            module.forward = _frame_by_frame(module)  # type: ignore[method-assign]
+            changed.append(module)
     try:
         yield
     finally:
-        for module in resamples:
+        for module in changed:
             del module.forward
+
+
+def _frame_by_frame(module: WanCausalConv3d) -> Any:
+    """The same convolution in two dimensions, over the channels of a frame and those before it: faster on GPUs."""
+    reach = module.kernel_size[0]
+
+    def forward(x: torch.Tensor, cache_x: None = None) -> torch.Tensor:
+        """[B, C, T, H, W] in and out, in memory [B, T, H, W, C]."""
+        batch, channels, num_frames, height, width = x.shape
+        padded = x.new_zeros((batch, num_frames + reach - 1, height, width, channels))
+        padded[:, reach - 1 :] = x.permute(0, 2, 3, 4, 1)
+        seen = torch.cat([padded[:, first : first + num_frames] for first in range(reach)], dim=4)
+        weight = module.weight.transpose(1, 2).flatten(1, 2)  # [out, time and in, height, width]
+        padding = tuple((size - 1) // 2 for size in module.kernel_size[1:])
+        made = F.conv2d(seen.flatten(0, 1).permute(0, 3, 1, 2), weight, module.bias, padding=padding)
+        return made.view(batch, num_frames, *made.shape[1:]).transpose(1, 2)
+
+    return forward
 
 
 def _on_whole_clip(module: WanResample) -> Any:
@@ -61,6 +85,11 @@ def _on_whole_clip(module: WanResample) -> Any:
 def _doubled(pairs: torch.Tensor) -> torch.Tensor:
     """Two frames of C channels that lie in 2 C channels of one, one after the other: [B, C, 2 T, H, W]."""
     return torch.unflatten(pairs, 1, (2, -1)).movedim(1, 3).flatten(2, 3)
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """bf16 where that is faster."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,9 +2,12 @@
 
 import math
 import random
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.render import distance, render, to_uint8
 from training.world import RGB, Background, Camera, Motion, Pattern, Scene, Shape, Size, Thing, draw_scene
@@ -26,6 +29,22 @@ def covered(clip: torch.Tensor) -> torch.Tensor:
     way = red - grey
     share = ((clip * 0.5 + 0.5).movedim(0, -1) - grey) @ way / (way @ way)
     return share.sum((1, 2))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch does while it is entered."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("shape", Shape)
@@ -56,6 +75,18 @@ def test_clips_have_the_size_that_is_asked_for(height: int, width: int, num_fram
     pictures = to_uint8(clips)
     assert pictures.shape == (6, num_frames, height, width, 3) and pictures.dtype == torch.uint8
     assert (pictures.float() / 127.5 - 1 - clips.movedim(1, -1)).abs().max() < 1 / 127
+
+
+def test_more_clips_take_no_more_operations() -> None:
+    """On a GPU each of them costs a launch, however small it is."""
+    rng = random.Random(9)
+    scenes = [draw_scene(rng) for _ in range(8)]
+    counts = []
+    for times in (1, 8):
+        with Operations() as operations:
+            render(scenes * times, height=16, width=16, num_frames=3, seed=1)
+        counts.append(operations.count)
+    assert 0 < counts[1] <= counts[0]
 
 
 def test_a_seed_gives_the_same_clip() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from training.text import TEXT_DIM, Captions, make_text_model, words_tokenizer
+from training.text import TEXT_DIM, Words, embed, make_text_model, words_tokenizer
 from training.world import caption, draw_scene
 from wan_grpc.pipeline.text import TextEncoder
 from wan_grpc.pipeline.tokenizer import END, PAD, UNKNOWN
@@ -43,7 +43,7 @@ def test_embeddings_are_those_of_the_server() -> None:
         tokenizer_object=words_tokenizer(), eos_token=END, pad_token=PAD, unk_token=UNKNOWN, model_max_length=512
     )
     texts = ["a red circle moves right on a blue background", "", "a curious raccoon"]
-    embedded = Captions(model, num_tokens=48).embed(texts)
+    embedded = embed(model, *Words(num_tokens=48).tokens(texts))
     expected = torch.cat(list(TextEncoder(fast, model).encode_all(texts)))
     assert embedded.shape == (3, 48, TEXT_DIM) and expected.shape == (3, 512, TEXT_DIM)
     assert (embedded - expected[:, :48]).abs().max() < 1e-5

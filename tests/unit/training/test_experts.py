@@ -1,0 +1,173 @@
+"""Experts and what they are shown."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from training import experts
+from training.experts import ROLES, BriefText, Lessons, be_brief, make_expert
+from training.flow import Levels
+from training.latents import NUM_TOKENS, Clips
+from training.text import Words, embed, make_text_model
+from training.vae import make_vae
+from training.world import caption, draw_scene
+
+TEXTS = ["a red circle moves right on a blue background", "", "a curious raccoon on the left jumps"]
+
+
+@pytest.fixture(scope="module")
+def expert() -> WanTransformer3DModel:
+    """One whose every part matters, also at the end."""
+    made = make_expert(seed=1).eval().requires_grad_(False)
+    torch.manual_seed(2)
+    torch.nn.init.normal_(made.proj_out.weight, std=0.2)
+    for block in made.blocks:
+        torch.nn.init.normal_(block.attn2.to_v.weight, std=0.3)
+    return made
+
+
+def test_all_weights_fit() -> None:
+    """Three experts, the VAE and the text encoder stay below 16 MB in bf16."""
+    models = [*(make_expert(seed=0) for _ in range(3)), make_vae(seed=0), make_text_model(seed=0)]
+    assert sum(parameter.numel() for model in models for parameter in model.parameters()) * 2 < 16e6
+
+
+def test_a_brief_text_is_the_long_one(expert: WanTransformer3DModel) -> None:
+    """With one zero for all the padding an expert says what it says of 512 tokens; without its weight it does not."""
+    encoder = make_text_model(seed=3).eval().requires_grad_(False)
+    numbers, mask = Words(num_tokens=NUM_TOKENS).tokens(TEXTS)
+    text = embed(encoder, numbers, mask)
+    long = torch.cat([text, text.new_zeros(3, 512 - NUM_TOKENS, text.shape[2])], dim=1)
+    noisy, step = (
+        torch.randn(3, 16, 2, 4, 6, generator=torch.Generator().manual_seed(4)),
+        torch.tensor([900.0, 500, 30]),
+    )
+    [expected] = expert(noisy, step, long, return_dict=False)
+    processors = dict(expert.attn_processors)
+    brief = be_brief(expert)
+    try:
+        brief.look_at(mask)
+        [made] = expert(noisy, step, text, return_dict=False)
+        brief.look_at(mask, num_served=NUM_TOKENS)
+        [wrong] = expert(noisy, step, text, return_dict=False)
+    finally:
+        expert.set_attn_processor(processors)
+    assert (made - expected).norm() < 1e-5 * expected.norm()
+    assert (wrong - expected).norm() > 1e-3 * expected.norm()
+
+
+def test_no_caption_is_too_long() -> None:
+    """Each leaves room for one padding token at least."""
+    rng, words = random.Random(5), Words(num_tokens=NUM_TOKENS)
+    _, mask = words.tokens([caption(draw_scene(rng), rng) for _ in range(2000)])
+    assert int(mask.sum(1).max()) < NUM_TOKENS
+
+
+def clips(count: int, frames: int, side: int) -> Clips:
+    generator = torch.Generator().manual_seed(count)
+    numbers, mask = Words(num_tokens=NUM_TOKENS).tokens([TEXTS[0], TEXTS[2]] * count)
+    return Clips(
+        latents=torch.randn(count, 16, frames, side, side, generator=generator),
+        tokens=numbers.view(count, 2, -1).short(),
+        mask=mask.view(count, 2, -1).short(),
+    )
+
+
+class Asked(torch.nn.Module):
+    """Notes what an expert is shown, and says nothing but zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def forward(
+        self, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, return_dict: bool
+    ) -> tuple[torch.Tensor]:
+        self.shown.append((noisy, timestep, text))
+        return (torch.zeros_like(noisy),)
+
+
+def lessons_of(role: str, *some: Clips) -> Lessons:
+    encoder = make_text_model(seed=3).eval().requires_grad_(False)
+    return Lessons(ROLES[role], list(some), encoder, BriefText())
+
+
+@pytest.mark.parametrize("role", ["t2v-high", "t2v-low"])
+def test_what_an_expert_of_two_is_shown(role: str) -> None:
+    """Clips of every size, as many as have the tokens, at its levels; a tenth without a caption."""
+    asked, lessons = Asked(), lessons_of(role, clips(9, 2, 4), clips(5, 1, 8))
+    for step in range(60):
+        lessons.loss(asked, num_tokens=256, generator=torch.Generator().manual_seed(step))  # type: ignore[arg-type]
+    shapes = {tuple(noisy.shape) for noisy, _, _ in asked.shown}
+    assert shapes == {(32, 16, 2, 4, 4), (16, 16, 1, 8, 8)}
+    steps = torch.cat([timestep for _, timestep, _ in asked.shown])
+    bounds = (875.0, 1000.0) if role == "t2v-high" else (0.0, 875.0)
+    assert bounds[0] <= float(steps.min()) and float(steps.max()) <= bounds[1]
+    silent = torch.cat([(text[:, 1] == 0).all(1) for _, _, text in asked.shown]).float().mean()
+    assert 0.05 < float(silent) < 0.16
+
+
+def test_what_one_that_sees_images_is_shown() -> None:
+    """Half of its clips begin with their own first frame, which is said to be without noise, token by token."""
+    some = clips(3, 3, 4)
+    asked, lessons = Asked(), lessons_of("ti2v", some)
+    lessons.loss(asked, num_tokens=12 * 200, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    [(noisy, timestep, _)] = asked.shown
+    assert timestep.shape == (200, 12)
+    has_image = (timestep[:, :4] == 0).all(1)
+    assert 70 < int(has_image.sum()) < 130
+    assert (timestep[~has_image] == timestep[~has_image][:, :1]).all()
+    first = noisy[has_image][:, :, 0]
+    assert all(any(torch.equal(frame, own) for own in some.latents[:, :, 0]) for frame in first)
+    assert (timestep[has_image][:, 4:] > 0).all()
+
+
+def test_a_given_frame_has_no_error() -> None:
+    """The loss is that of what is not given, so an expert that is right about the rest has none."""
+    latents = torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
+    slope = noise - latents
+    slope[:, :, 0] += 100.0
+
+    def right_but_at_first(*_: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        return (slope,)
+
+    def error(has_image: torch.Tensor | None) -> float:
+        generator = torch.Generator().manual_seed(2)
+        levels = torch.tensor([0.4, 0.9])
+        return float(
+            experts.flow.loss(
+                right_but_at_first,  # type: ignore[arg-type]
+                latents,
+                torch.zeros(2, 3, 8),
+                levels,
+                generator=generator,
+                has_image=has_image,
+            )
+        )
+
+    assert error(torch.tensor([True, True])) == 0.0
+    assert error(torch.tensor([False, False])) == pytest.approx(100.0**2 / 3)
+    assert error(torch.tensor([True, False])) == pytest.approx(100.0**2 / 5)
+    assert error(None) == pytest.approx(100.0**2 / 3)
+
+
+def test_it_learns() -> None:
+    """Gradients reach every parameter, and the loss falls on one clip."""
+    made = make_expert(seed=1)
+    some = clips(1, 2, 4)
+    role = replace(ROLES["t2v-low"], levels=Levels(least=0.4, most=0.6))
+    lessons = Lessons(role, [some], make_text_model(seed=3).eval().requires_grad_(False), be_brief(made))
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
+    losses = []
+    for step in range(40):
+        parts = lessons.loss(made, num_tokens=64, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        parts["total"].backward()
+        optimizer.step()
+        losses.append(float(parts["total"].detach()))
+    assert losses[-1] < 0.75 * losses[0]
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in made.parameters())

@@ -1,0 +1,104 @@
+"""The loop of training: schedules, averages, and going on where it stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from training.loop import DivergedError, Loss, Plan, Training, finished
+
+CPU = torch.device("cpu")
+
+
+def model() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+def loss_of(model: nn.Module, drawn: list[int] | None = None) -> Loss:
+    """Linear regression on points that the generator draws."""
+
+    def loss(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if drawn is not None:
+            drawn.append(generator.initial_seed())
+        points = torch.randn(8, 3, generator=generator)
+        return {"total": (model(points) - points.sum(1, keepdim=True)).pow(2).mean()}
+
+    return loss
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    training = Training(here := model(), tmp_path, Plan(steps=200, warm_up=5, rate=0.05))
+    training.run(loss_of(here))
+    assert torch.allclose(here.weight, torch.ones(1, 3), atol=1e-2)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [50, 100, 150, 200]
+    assert log[-1]["total"] < 1e-3 < log[0]["total"]
+
+
+def test_one_that_was_interrupted_learns_the_same(tmp_path: Path) -> None:
+    """Weights, averages and optimiser go on; a step draws what it would have drawn."""
+    whole = Training(one := model(), tmp_path / "one", Plan(steps=40, warm_up=5))
+    drawn: list[int] = []
+    whole.run(loss_of(one, drawn))
+
+    first = Training(two := model(), tmp_path / "two", Plan(steps=40, warm_up=5))
+    seen: list[int] = []
+    inner = loss_of(two, seen)
+
+    def until_17(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if first.step == 17:
+            first.save()
+            raise InterruptedError
+        return inner(generator)
+
+    with pytest.raises(InterruptedError):
+        first.run(until_17)
+    second = Training(three := model(), tmp_path / "two", Plan(steps=40, warm_up=5))
+    assert second.step == 17
+    second.run(loss_of(three, seen))
+    assert seen == drawn and len(set(drawn)) == 40
+    assert torch.equal(three.weight, one.weight)
+    assert torch.equal(second.averaged.weight, whole.averaged.weight)
+    assert not torch.equal(second.averaged.weight, three.weight)
+
+
+def test_what_is_finished(tmp_path: Path) -> None:
+    """The averaged weights, which need no gradient; a run that is done does nothing more."""
+    training = Training(here := model(), tmp_path, Plan(steps=10, average=0.5))
+    training.run(loss_of(here))
+    kept = finished(model(), tmp_path, device=CPU)
+    assert torch.equal(kept.weight, training.averaged.weight)
+    assert not kept.weight.requires_grad and not kept.training
+    again = Training(there := model(), tmp_path, Plan(steps=10, average=0.5))
+    again.run(loss_of(there))
+    assert again.step == 10 and torch.equal(there.weight, here.weight)
+    with pytest.raises(FileNotFoundError):
+        finished(model(), tmp_path / "nothing", device=CPU)
+
+
+def test_steps_by_time_are_counted_once(tmp_path: Path) -> None:
+    """A run that was given seconds keeps the number of steps that these came to."""
+    training = Training(here := model(), tmp_path, Plan(seconds=0.2))
+    training.run(loss_of(here))
+    assert training.steps == training.step >= 30
+    again = Training(model(), tmp_path, Plan(seconds=100.0))
+    assert again.steps == training.steps
+
+
+def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
+    here = model()
+    training = Training(here, tmp_path, Plan(steps=10, log_every=5))
+    with pytest.raises(DivergedError, match="step 5"):
+        training.run(lambda _: {"total": here.weight.sum() * torch.nan})
+
+
+def test_the_rate() -> None:
+    """Up along a line, down along a cosine."""
+    plan = Plan(steps=1000, rate=2.0, warm_up=100)
+    assert plan.rate_at(0, 1000) == pytest.approx(0.02)
+    assert plan.rate_at(99, 1000) == plan.rate_at(100, 1000) == pytest.approx(2.0)
+    assert plan.rate_at(550, 1000) == pytest.approx(1.0)
+    assert plan.rate_at(1000, 1000) == pytest.approx(0.0)

@@ -1,0 +1,158 @@
+"""All stages in small, one after the other, and what comes out of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+
+from training.__main__ import main
+from training.assemble import EXPERTS
+from training.experts import ROLES
+from training.generate import animator_of, generator_of
+from training.judge import Verdict
+from training.latents import SIZES, make_clips, read, statistics
+from training.score import Score, examine, questions, score
+from training.sheet import sheet
+from training.vae import make_vae
+from training.world import Camera, Scene, is_held_out
+from wan_grpc.domain.variants import Task
+from wan_grpc.pipeline.checkpoint import locate
+from wan_grpc.pipeline.load import load
+
+SMALL = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 4.0}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which every stage has taken a step or two."""
+    directory = tmp_path_factory.mktemp("training")
+    for stage in (
+        "text --steps 2",
+        "vae --steps 1 --num-clips 1 --scale 0.00002",
+        "latents --counts 2 2 2",
+        "expert --role t2v-high --steps 2 --num-tokens 300",
+        "expert --role t2v-low --steps 1 --num-tokens 300",
+        "expert --role ti2v --steps 1 --num-tokens 300",
+        f"model --task t2v --out {directory}/made-t2v",
+        f"model --task ti2v --out {directory}/made-ti2v",
+    ):
+        main([*stage.split(), "--run", str(directory), "--device", "cpu"])
+    return directory
+
+
+def test_a_text_to_video_model(run: Path) -> None:
+    """Two experts with a boundary, which the server finds no fault with and diffusers loads; its weights are small."""
+    made = run / "made-t2v"
+    card = locate(str(made), load_format="auto")
+    pipeline = load(card, device="cpu", dtype="float32", load_format="auto")
+    assert len(pipeline.transformers) == 2
+    clips = generator_of(made, torch.device("cpu"), **SMALL)(["a red star spins on grey", "zzz"], [1, 2])
+    assert [clip.shape for clip in clips] == [(5, 32, 32, 3)] * 2
+    assert not torch.equal(clips[0], clips[1])
+    assert WanPipeline.from_pretrained(made).config.boundary_ratio == 0.875
+    assert sum(file.stat().st_size for file in made.rglob("*.safetensors")) < 12.5e6
+
+
+def test_a_model_that_takes_images(run: Path) -> None:
+    """One expert in the layout of TI2V-5B, with the VAE and the text encoder of the other model."""
+    made = run / "made-ti2v"
+    card = locate(str(made), load_format="auto")
+    assert load(card, device="cpu", dtype="float32", load_format="auto") is not None
+    pipeline = WanImageToVideoPipeline.from_pretrained(made)
+    assert pipeline.config.expand_timesteps and pipeline.transformer_2 is None
+    animate = animator_of(made, torch.device("cpu"), **SMALL)
+    assert animate(Image.new("RGB", (32, 32), "red"), "a red circle grows", 3).shape == (5, 32, 32, 3)
+    for part in ("vae", "text_encoder"):
+        [one], [other] = ((run / name / part).glob("*.safetensors") for name in ("made-t2v", "made-ti2v"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_latents_are_normalised(run: Path) -> None:
+    """Over all sizes each channel has mean 0 and deviation 1, and the checkpoint says by what. Captions come along."""
+    clips, mean, deviation = read(run / "latents.pt", device=torch.device("cpu"))
+    assert list(clips) == [str(size) for size in SIZES]
+    means, deviations = statistics(list(clips.values()))
+    assert torch.tensor(means).abs().max() < 0.02
+    assert (torch.tensor(deviations) - 1).abs().max() < 0.02
+    config = json.loads((run / "made-t2v/vae/config.json").read_text())
+    assert (config["latents_mean"], config["latents_std"]) == (mean, deviation)
+    first = clips[str(SIZES[0])]
+    assert first.latents.shape == (2, 16, 5, 12, 12) and first.tokens.shape == first.mask.shape == (2, 4, 48)
+
+
+def test_clips_are_repeatable() -> None:
+    vae = make_vae(seed=1).requires_grad_(False)
+    one, other, third = (make_clips(vae, SIZES[0], 1, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.latents, other.latents) and torch.equal(one.tokens, other.tokens)
+    assert not torch.equal(one.latents, third.latents)
+
+
+def test_a_stage_that_is_done_stays_as_it_is(run: Path) -> None:
+    before = (run / "t2v-high/state.pt").stat().st_mtime_ns, (run / "t2v-high/log.jsonl").read_text()
+    main(["expert", "--role", "t2v-high", "--steps", "2", "--run", str(run), "--device", "cpu"])
+    assert (run / "t2v-high/log.jsonl").read_text() == before[1]
+
+
+def test_questions() -> None:
+    """Combinations that no training clip shows, one thing before a fixed camera, the same every time."""
+    asked = questions(50, seed=3)
+    assert asked == questions(50, seed=3) != questions(50, seed=4)
+    for scene, text in asked:
+        [thing] = scene.things
+        assert is_held_out(thing) and scene.camera is Camera.FIXED
+        assert thing.colour in text and thing.shape in text
+
+
+def test_the_score(tmp_path: Path) -> None:
+    """Shares of what was right; every answer is of the caption and the seed that it was asked with."""
+    verdicts = [
+        Verdict(colour=True, shape=True, motion=True),
+        Verdict(colour=True, shape=False, motion=True),
+        Verdict(colour=True, shape=True, motion=False),
+        Verdict(colour=False, shape=False, motion=False),
+    ]
+    total = score(verdicts)
+    assert total == Score(count=4, colour=0.75, motion=0.5, shape=0.5, everything=0.25)
+    assert str(total) == "of 4 captions colour 75%, motion 50%, shape 50%, everything 25%"
+    calls: list[tuple[list[str], list[int]]] = []
+
+    def generate(captions: list[str], seeds: list[int]) -> list[torch.Tensor]:
+        calls.append((captions, seeds))
+        return [torch.zeros(5, 24, 24, 3, dtype=torch.uint8) for _ in captions]
+
+    total, answers = examine(generate, 5, seed=3, at_once=2)
+    assert total.colour == 0.0
+    assert [seeds for _, seeds in calls] == [[0, 1], [2, 3], [4]]
+    asked: list[tuple[Scene, str]] = questions(5, seed=3)
+    assert [text for captions, _ in calls for text in captions] == [text for _, text in asked]
+    assert [(scene, text) for scene, text, _, _ in answers] == asked
+
+
+def test_scoring_by_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command says the score, and leaves a picture and every verdict."""
+    out, picture = tmp_path / "score.json", tmp_path / "sheet.webp"
+    settings = f"--count 1 --steps 1 --size {SIZES[0]} --device cpu".split()
+    main(["score", "--model", str(run / "made-t2v"), "--out", str(out), "--sheet", str(picture), *settings])
+    assert capsys.readouterr().out.startswith("of 1 captions colour ")
+    written = json.loads(out.read_text())
+    assert written["score"]["count"] == 1 and set(written["answers"][0]) == {"caption", "colour", "shape", "motion"}
+    with Image.open(picture) as image:
+        assert image.width > 6 * 96
+
+
+def test_a_sheet_shows_the_first_and_the_last_frame() -> None:
+    clip = torch.zeros(9, 10, 12, 3, dtype=torch.uint8)
+    clip[0], clip[-1] = torch.tensor([255, 0, 0]), torch.tensor([0, 0, 255])
+    image = sheet([("one", clip), ("two", clip)], num_frames=3)
+    assert image.size == (3 * 12 + 2 * 4, 2 * (10 + 18))
+    assert image.getpixel((6, 18)) == (255, 0, 0)
+    assert image.getpixel((image.width - 6, 18)) == (0, 0, 255)
+    assert image.getpixel((22, 18)) == (0, 0, 0)
+
+
+def test_tasks_and_roles_belong_together() -> None:
+    assert {role for roles in EXPERTS.values() for role in roles.values()} == set(ROLES)
+    assert set(EXPERTS) == {Task.TEXT_TO_VIDEO, Task.TEXT_IMAGE_TO_VIDEO}

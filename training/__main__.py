@@ -1,0 +1,120 @@
+"""The command line of training: one command a stage.
+
+    python -m training text    --run DIR --seconds 300
+    python -m training vae     --run DIR --seconds 300
+    python -m training latents --run DIR
+    python -m training expert  --run DIR --role t2v-high --seconds 300
+    python -m training model   --run DIR --task t2v --out CHECKPOINT
+    python -m training score   --model CHECKPOINT --sheet sheet.webp
+
+A stage that was interrupted goes on where it stopped, and one that is done does nothing.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from training import assemble, stages
+from training.experts import ROLES
+from training.generate import generator_of
+from training.latents import SIZES
+from training.loop import Plan
+from training.score import examine
+from training.sheet import sheet
+from wan_grpc.domain.variants import Task
+
+_RATES = {"text": 2e-3, "vae": 2e-3, "expert": 1.5e-3}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _read(arguments)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    options.do(options)
+
+
+def _read(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        each = commands.add_parser(name)
+        each.set_defaults(do=do)
+        each.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+        return each
+
+    def stage(name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        each = command(name, do)
+        each.add_argument("--run", type=Path, required=True, help="directory in which all stages keep what they make")
+        each.add_argument("--scale", type=float, default=1.0, help="of the amount of clips that are drawn")
+        return each
+
+    def trained(name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        each = stage(name, do)
+        length = each.add_mutually_exclusive_group(required=True)
+        length.add_argument("--steps", type=int)
+        length.add_argument("--seconds", type=float, help="as many steps as fit, counted once and kept")
+        each.add_argument("--rate", type=float, default=_RATES[name])
+        each.add_argument("--average", type=float, default=0.999)
+        return each
+
+    trained("text", lambda options: stages.train_text(_work(options), _plan(options)))
+    vae = trained("vae", lambda o: stages.train_vae(_work(o), _plan(o), num_clips=o.num_clips))
+    vae.add_argument("--num-clips", type=int, default=16, help="of a batch, of the smallest size")
+    latents = stage("latents", lambda o: stages.make_latents(_work(o), counts=tuple(o.counts)))
+    latents.add_argument("--counts", type=int, nargs=len(SIZES), default=[32768, 24576, 8192])
+    expert = trained("expert", lambda o: stages.train_expert(_work(o), o.role, _plan(o), num_tokens=o.num_tokens))
+    expert.add_argument("--role", choices=sorted(ROLES), required=True)
+    expert.add_argument("--num-tokens", type=int, default=46080, help="of a batch")
+    model = stage("model", lambda o: assemble.assemble(_work(o), Task(o.task), o.out))
+    model.add_argument("--task", choices=[task.value for task in assemble.EXPERTS], required=True)
+    model.add_argument("--out", type=Path, required=True)
+    scored = command("score", _score)
+    scored.add_argument("--model", type=Path, required=True)
+    scored.add_argument("--count", type=int, default=100)
+    scored.add_argument("--at-once", type=int, default=50)
+    scored.add_argument("--steps", type=int, default=20)
+    scored.add_argument("--guidance-scale", type=float, default=4.0)
+    scored.add_argument("--size", choices=[str(size) for size in SIZES], default=str(SIZES[1]))
+    scored.add_argument("--sheet", type=Path, help="picture of the first answers")
+    scored.add_argument("--out", type=Path, help="JSON file with every verdict")
+    return parser.parse_args(arguments)
+
+
+def _work(options: argparse.Namespace) -> stages.Work:
+    return stages.Work(directory=options.run, device=options.device, scale=options.scale)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    return Plan(steps=options.steps, seconds=options.seconds, rate=options.rate, average=options.average)
+
+
+def _score(options: argparse.Namespace) -> None:
+    size = next(each for each in SIZES if str(each) == options.size)
+    generate = generator_of(
+        options.model,
+        options.device,
+        width=size.width,
+        height=size.height,
+        num_frames=size.num_frames,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+    )
+    total, answers = examine(generate, options.count, at_once=options.at_once)
+    sys.stdout.write(f"{total}\n")
+    if options.sheet is not None:
+        rows = [(text, clip) for _, text, _, clip in answers[:16]]
+        sheet(rows).save(options.sheet)
+    if options.out is not None:
+        verdicts = [{"caption": text, **asdict(verdict)} for _, text, verdict, _ in answers]
+        options.out.write_text(json.dumps({"score": asdict(total), "answers": verdicts}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

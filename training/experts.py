@@ -1,0 +1,154 @@
+"""The transformers of the small models, and what they learn: the slope from latents to noise, given a caption.
+
+Knows which levels of noise, captions and first frames an expert is shown. Does not know pixels.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel
+from transformers import UMT5EncoderModel
+
+from training import flow
+from training.flow import Levels
+from training.latents import NUM_TOKENS, Clips
+from training.text import TEXT_DIM, Words, embed
+from training.vae import precision
+from wan_grpc.pipeline.published import T2V_A14B_CONFIGS
+from wan_grpc.pipeline.text import NUM_TOKENS as NUM_SERVED
+
+CONFIG: Final[dict[str, Any]] = {
+    **T2V_A14B_CONFIGS["transformer/config.json"],
+    "attention_head_dim": 32,
+    "ffn_dim": 384,
+    "num_attention_heads": 4,
+    "num_layers": 6,
+    "text_dim": TEXT_DIM,
+}
+"""1.6 M parameters: three of them with the VAE and the text encoder come to 15.4 MB in bf16."""
+BOUNDARY: Final = 0.875
+"""The level of noise from which on the first of two experts works."""
+SHIFT: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """What one expert is for."""
+
+    levels: Levels
+    share_of_images: float = 0.0
+    """Of its clips, those whose first frame it is given, as TI2V-5B is."""
+
+
+ROLES: Final[Mapping[str, Role]] = {
+    "t2v-high": Role(levels=Levels(least=BOUNDARY, shift=SHIFT)),
+    "t2v-low": Role(levels=Levels(most=BOUNDARY, shift=SHIFT)),
+    "ti2v": Role(levels=Levels(shift=SHIFT), share_of_images=0.5),
+}
+_WITHOUT_CAPTION: Final = 0.1
+_PATCH: Final = 4
+"""Values of a channel that are one token."""
+
+
+def make_expert(*, seed: int) -> WanTransformer3DModel:
+    """One that has learned nothing. Its last layer begins at zero, so that it says nothing at first."""
+    torch.manual_seed(seed)
+    expert: WanTransformer3DModel = WanTransformer3DModel.from_config(CONFIG)
+    torch.nn.init.zeros_(expert.proj_out.weight)
+    torch.nn.init.zeros_(expert.proj_out.bias)
+    return expert
+
+
+class BriefText:
+    """Attention to a text without its padding: one zero stands for all that the pipelines append.
+
+    They are alike, and a softmax over n of the same is one of them with ln n added.
+    """
+
+    def __init__(self) -> None:
+        self.bias = torch.zeros(0)
+        """[B, 1, 1, tokens], added before the softmax."""
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: None = None,
+        rotary_emb: None = None,
+    ) -> torch.Tensor:
+        """[B, S, inner_dim] in and out; the signature is that of a diffusers attention processor."""
+        query = attn.norm_q(attn.to_q(hidden_states))
+        key = attn.norm_k(attn.to_k(encoder_hidden_states))
+        value = attn.to_v(encoder_hidden_states)
+        query, key, value = (states.unflatten(2, (attn.heads, -1)).transpose(1, 2) for states in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias.to(query.dtype))
+        projected: torch.Tensor = attn.to_out[0](attended.transpose(1, 2).flatten(2))
+        return projected
+
+    def look_at(self, mask: torch.Tensor, *, num_served: int = NUM_SERVED) -> None:
+        """mask: which tokens there are, [B, tokens], with at least one that is not. num_served: of the pipelines."""
+        lengths = mask.sum(1, keepdim=True)
+        places = torch.arange(mask.shape[1], device=mask.device)
+        bias = torch.where(places < lengths, 0.0, -math.inf)
+        self.bias = torch.where(places == lengths, torch.log((num_served - lengths).float()), bias)[:, None, None]
+
+
+def be_brief(expert: WanTransformer3DModel) -> BriefText:
+    """Let `expert` attend to texts without their padding."""
+    brief = BriefText()
+    for block in expert.blocks:
+        attention = block.attn2
+        assert isinstance(attention, WanAttention)
+        attention.set_processor(brief)  # type: ignore[arg-type]
+    return brief
+
+
+class Lessons:
+    """Batches for one expert."""
+
+    def __init__(self, role: Role, clips: Sequence[Clips], encoder: UMT5EncoderModel, brief: BriefText) -> None:
+        self._role = role
+        self._clips = clips
+        self._encoder = encoder
+        self._brief = brief
+        numbers, mask = Words(num_tokens=NUM_TOKENS).tokens([""])
+        device = encoder.device
+        self._no_caption = (numbers.to(device), mask.to(device))
+
+    def loss(
+        self, expert: WanTransformer3DModel, *, num_tokens: int, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """num_tokens: of the transformer, about as many as a batch has, whatever the size of its clips."""
+        device = generator.device
+        clips = self._clips[random.Random(generator.initial_seed()).randrange(len(self._clips))]
+        _, _, frames, height, width = clips.latents.shape
+        count = max(1, num_tokens * _PATCH // (frames * height * width))
+        chosen = torch.randint(len(clips), (count,), generator=generator, device=device)
+        text = self._text(clips, chosen, generator)
+        levels = self._role.levels.draw(count, generator=generator)
+        has_image = None
+        if self._role.share_of_images:
+            has_image = torch.rand(count, generator=generator, device=device) < self._role.share_of_images
+        with precision(device):
+            total = flow.loss(
+                expert, clips.latents[chosen].float(), text, levels, generator=generator, has_image=has_image
+            )
+        return {"total": total}
+
+    @torch.no_grad()
+    def _text(self, clips: Clips, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        device = generator.device
+        said = torch.randint(clips.tokens.shape[1], chosen.shape, generator=generator, device=device)
+        is_silent = torch.rand(chosen.shape, generator=generator, device=device) < _WITHOUT_CAPTION
+        numbers, mask = (
+            torch.where(is_silent[:, None], nothing, every[chosen, said].long())
+            for nothing, every in zip(self._no_caption, (clips.tokens, clips.mask), strict=True)
+        )
+        self._brief.look_at(mask)
+        return embed(self._encoder, numbers, mask)
