@@ -2,12 +2,14 @@
 
     python -m training text    --run DIR --seconds 300
     python -m training vae     --run DIR --seconds 300
+    python -m training judge-vae --run DIR
     python -m training latents --run DIR
-    python -m training expert  --run DIR --role t2v-high --seconds 300
+    python -m training expert  --run DIR --role base --seconds 400
+    python -m training expert  --run DIR --role t2v-high --first base --seconds 150
     python -m training model   --run DIR --task t2v --out CHECKPOINT
     python -m training score   --model CHECKPOINT --sheet sheet.webp
 
-A stage that was interrupted goes on where it stopped, and one that is done does nothing.
+A stage that was interrupted goes on where it stopped; one that is done does nothing.
 """
 
 import argparse
@@ -24,18 +26,19 @@ from training.experts import ROLES
 from training.generate import generator_of
 from training.latents import SIZES
 from training.loop import Plan
-from training.score import examine
+from training.score import Score, examine
 from training.sheet import sheet
 from wan_grpc.domain.variants import Task
 
-_RATES = {"text": 2e-3, "vae": 2e-3, "expert": 1.5e-3}
+_RATES = {"text": 2e-3, "vae": 1e-3, "expert": 1.5e-3}
+_WARM_UP = {"text": 100, "vae": 300, "expert": 100}
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _read(arguments)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = options.is_training
     options.do(options)
 
 
@@ -45,33 +48,39 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
 
     def command(name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         each = commands.add_parser(name)
-        each.set_defaults(do=do)
+        each.set_defaults(do=do, is_training=False)
         each.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
         return each
 
     def stage(name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         each = command(name, do)
         each.add_argument("--run", type=Path, required=True, help="directory in which all stages keep what they make")
-        each.add_argument("--scale", type=float, default=1.0, help="of the amount of clips that are drawn")
         return each
 
     def trained(name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         each = stage(name, do)
+        each.set_defaults(is_training=True)
         length = each.add_mutually_exclusive_group(required=True)
         length.add_argument("--steps", type=int)
         length.add_argument("--seconds", type=float, help="as many steps as fit, counted once and kept")
         each.add_argument("--rate", type=float, default=_RATES[name])
+        each.add_argument("--warm-up", type=int, default=_WARM_UP[name], help="steps")
         each.add_argument("--average", type=float, default=0.999)
         return each
 
     trained("text", lambda options: stages.train_text(_work(options), _plan(options)))
     vae = trained("vae", lambda o: stages.train_vae(_work(o), _plan(o), num_clips=o.num_clips))
     vae.add_argument("--num-clips", type=int, default=16, help="of a batch, of the smallest size")
+    vae.add_argument("--scale", type=float, default=1.0, help="of the number of clips that are drawn")
+    judged = stage("judge-vae", lambda o: _say(stages.judge_vae(_work(o), count=o.count)))
+    judged.add_argument("--count", type=int, default=100)
     latents = stage("latents", lambda o: stages.make_latents(_work(o), counts=tuple(o.counts)))
     latents.add_argument("--counts", type=int, nargs=len(SIZES), default=[32768, 24576, 8192])
-    expert = trained("expert", lambda o: stages.train_expert(_work(o), o.role, _plan(o), num_tokens=o.num_tokens))
+    expert = trained("expert", _train_expert)
     expert.add_argument("--role", choices=sorted(ROLES), required=True)
+    expert.add_argument("--first", choices=sorted(ROLES), help="the role whose expert it begins as")
     expert.add_argument("--num-tokens", type=int, default=46080, help="of a batch")
+    expert.add_argument("--compile", action="store_true", help="its blocks, which takes a minute and then saves time")
     model = stage("model", lambda o: assemble.assemble(_work(o), Task(o.task), o.out))
     model.add_argument("--task", choices=[task.value for task in assemble.EXPERTS], required=True)
     model.add_argument("--out", type=Path, required=True)
@@ -88,11 +97,32 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _work(options: argparse.Namespace) -> stages.Work:
-    return stages.Work(directory=options.run, device=options.device, scale=options.scale)
+    return stages.Work(directory=options.run, device=options.device, scale=getattr(options, "scale", 1.0))
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    return Plan(steps=options.steps, seconds=options.seconds, rate=options.rate, average=options.average)
+    return Plan(
+        steps=options.steps,
+        seconds=options.seconds,
+        rate=options.rate,
+        warm_up=options.warm_up,
+        average=options.average,
+    )
+
+
+def _train_expert(options: argparse.Namespace) -> None:
+    stages.train_expert(
+        _work(options),
+        options.role,
+        _plan(options),
+        num_tokens=options.num_tokens,
+        first=options.first,
+        is_compiled=options.compile,
+    )
+
+
+def _say(score: Score) -> None:
+    sys.stdout.write(f"{score}\n")
 
 
 def _score(options: argparse.Namespace) -> None:
@@ -107,7 +137,7 @@ def _score(options: argparse.Namespace) -> None:
         guidance_scale=options.guidance_scale,
     )
     total, answers = examine(generate, options.count, at_once=options.at_once)
-    sys.stdout.write(f"{total}\n")
+    _say(total)
     if options.sheet is not None:
         rows = [(text, clip) for _, text, _, clip in answers[:16]]
         sheet(rows).save(options.sheet)

@@ -16,7 +16,7 @@ from transformers import UMT5EncoderModel
 
 from training import flow
 from training.flow import Levels
-from training.latents import NUM_TOKENS, Clips
+from training.latents import NUM_TOKENS, SHARES, Clips
 from training.text import TEXT_DIM, Words, embed
 from training.vae import precision
 from wan_grpc.pipeline.published import T2V_A14B_CONFIGS
@@ -46,21 +46,34 @@ class Role:
 
 
 ROLES: Final[Mapping[str, Role]] = {
+    "base": Role(levels=Levels(shift=SHIFT)),
     "t2v-high": Role(levels=Levels(least=BOUNDARY, shift=SHIFT)),
     "t2v-low": Role(levels=Levels(most=BOUNDARY, shift=SHIFT)),
     "ti2v": Role(levels=Levels(shift=SHIFT), share_of_images=0.5),
 }
+"""`base` is what the others may begin with: it knows all levels."""
+_AWAY: Final = 0.6
 _WITHOUT_CAPTION: Final = 0.1
+_AT_ONCE: Final = 4096
 _PATCH: Final = 4
 """Values of a channel that are one token."""
 
 
 def make_expert(*, seed: int) -> WanTransformer3DModel:
-    """One that has learned nothing. Its last layer begins at zero, so that it says nothing at first."""
+    """One that has learned nothing. Its last layer begins at zero, so that it says nothing at first.
+
+    Its questions to the text begin turned away from the padding, which is 470 tokens of 512 and would drown the rest.
+    """
     torch.manual_seed(seed)
     expert: WanTransformer3DModel = WanTransformer3DModel.from_config(CONFIG)
     torch.nn.init.zeros_(expert.proj_out.weight)
     torch.nn.init.zeros_(expert.proj_out.bias)
+    with torch.no_grad():
+        padding = expert.condition_embedder.text_embedder(torch.zeros(1, TEXT_DIM))
+        for block in expert.blocks:
+            attention = block.attn2
+            assert isinstance(attention, WanAttention)
+            attention.to_q.bias.copy_(-_AWAY * attention.norm_k(attention.to_k(padding))[0])
     return expert
 
 
@@ -110,27 +123,38 @@ def be_brief(expert: WanTransformer3DModel) -> BriefText:
 
 
 class Lessons:
-    """Batches for one expert."""
+    """Batches for one expert. All captions are embedded once."""
 
-    def __init__(self, role: Role, clips: Sequence[Clips], encoder: UMT5EncoderModel, brief: BriefText) -> None:
+    def __init__(
+        self,
+        role: Role,
+        clips: Sequence[Clips],
+        encoder: UMT5EncoderModel,
+        brief: BriefText,
+        *,
+        shares: Sequence[float] = SHARES,
+    ) -> None:
+        """shares: of batches that have clips of each kind."""
         self._role = role
         self._clips = clips
-        self._encoder = encoder
+        self._shares = shares[: len(clips)]
         self._brief = brief
-        numbers, mask = Words(num_tokens=NUM_TOKENS).tokens([""])
-        device = encoder.device
-        self._no_caption = (numbers.to(device), mask.to(device))
+        self._texts = [_embedded(encoder, each.tokens, each.mask) for each in clips]
+        numbers, mask = (value.to(encoder.device) for value in Words(num_tokens=NUM_TOKENS).tokens([""]))
+        self._no_text = _embedded(encoder, numbers, mask)
+        self._no_mask = mask
 
     def loss(
         self, expert: WanTransformer3DModel, *, num_tokens: int, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
         """num_tokens: of the transformer, about as many as a batch has, whatever the size of its clips."""
         device = generator.device
-        clips = self._clips[random.Random(generator.initial_seed()).randrange(len(self._clips))]
+        [kind] = random.Random(generator.initial_seed()).choices(range(len(self._clips)), self._shares)
+        clips = self._clips[kind]
         _, _, frames, height, width = clips.latents.shape
         count = max(1, num_tokens * _PATCH // (frames * height * width))
         chosen = torch.randint(len(clips), (count,), generator=generator, device=device)
-        text = self._text(clips, chosen, generator)
+        text = self._text(kind, chosen, generator)
         levels = self._role.levels.draw(count, generator=generator)
         has_image = None
         if self._role.share_of_images:
@@ -141,14 +165,20 @@ class Lessons:
             )
         return {"total": total}
 
-    @torch.no_grad()
-    def _text(self, clips: Clips, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _text(self, kind: int, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         device = generator.device
-        said = torch.randint(clips.tokens.shape[1], chosen.shape, generator=generator, device=device)
+        said = torch.randint(self._texts[kind].shape[1], chosen.shape, generator=generator, device=device)
         is_silent = torch.rand(chosen.shape, generator=generator, device=device) < _WITHOUT_CAPTION
-        numbers, mask = (
-            torch.where(is_silent[:, None], nothing, every[chosen, said].long())
-            for nothing, every in zip(self._no_caption, (clips.tokens, clips.mask), strict=True)
-        )
-        self._brief.look_at(mask)
-        return embed(self._encoder, numbers, mask)
+        mask = self._clips[kind].mask[chosen, said].long()
+        self._brief.look_at(torch.where(is_silent[:, None], self._no_mask, mask))
+        text = self._texts[kind][chosen, said]
+        return torch.where(is_silent[:, None, None], self._no_text, text).float()
+
+
+@torch.no_grad()
+def _embedded(encoder: UMT5EncoderModel, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[.., tokens, TEXT_DIM] in bf16 of [.., tokens]."""
+    flat, flat_mask = (value.flatten(0, -2).long() for value in (tokens, mask))
+    parts = zip(torch.split(flat, _AT_ONCE), torch.split(flat_mask, _AT_ONCE), strict=True)
+    made = torch.cat([embed(encoder, *some).bfloat16() for some in parts])
+    return made.view(*tokens.shape, -1)

@@ -21,16 +21,17 @@ class Levels:
     """Towards noise, as the scheduler shifts."""
 
     def draw(self, count: int, *, generator: torch.Generator) -> torch.Tensor:
-        """[count] levels, logit-normal (Esser et al., 2024) before they are shifted, within the bounds."""
-        bounds = torch.tensor([self.least, self.most], dtype=torch.float64)
-        least, most = torch.special.ndtr(torch.logit(self._unshifted(bounds))).tolist()
-        device = generator.device
-        shares = least + (most - least) * torch.rand(count, generator=generator, device=device, dtype=torch.float64)
-        drawn = torch.sigmoid(torch.special.ndtri(shares))
-        return (self.shift * drawn / (1 + (self.shift - 1) * drawn)).float()
+        """[count] levels within the bounds, as often as the scheduler's steps come to them: even before the shift.
 
-    def _unshifted(self, levels: torch.Tensor) -> torch.Tensor:
-        return levels / (self.shift - (self.shift - 1) * levels)
+        A logit-normal density (Esser et al., 2024) would hardly show the first steps, at levels above 0.98, which
+        decide on colour and place.
+        """
+        least, most = (self._unshifted(level) for level in (self.least, self.most))
+        drawn = least + (most - least) * torch.rand(count, generator=generator, device=generator.device)
+        return self.shift * drawn / (1 + (self.shift - 1) * drawn)
+
+    def _unshifted(self, level: float) -> float:
+        return level / (self.shift - (self.shift - 1) * level)
 
 
 def loss(
@@ -51,9 +52,9 @@ def loss(
     is_given = torch.zeros_like(latents[:, :1], dtype=torch.bool)
     if has_image is not None:
         is_given[:, :, 0] = has_image.view(-1, 1, 1, 1)
-    every = levels.view(-1, 1, 1, 1, 1).expand(is_given.shape).masked_fill(is_given, 0.0)
-    noisy = torch.lerp(latents, noise, every.to(latents.dtype))
-    told = levels if has_image is None else every[:, 0, :, ::2, ::2].flatten(1)
+    level_map = levels.view(-1, 1, 1, 1, 1).expand(is_given.shape).masked_fill(is_given, 0.0)
+    noisy = torch.lerp(latents, noise, level_map.to(latents.dtype))
+    told = levels if has_image is None else level_map[:, 0, :, ::2, ::2].flatten(1)
     [slope] = expert(noisy, told * NUM_TIMESTEPS, text, return_dict=False)
     error: torch.Tensor = slope.float() - (noise - latents).float()
     return error.pow(2).masked_fill(is_given, 0.0).sum() / (~is_given).expand_as(error).sum()

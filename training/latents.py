@@ -19,7 +19,10 @@ from training.world import Scene, caption, draw_scene
 NUM_TOKENS: Final = 48
 """More than the longest caption has."""
 _NUM_CAPTIONS: Final = 4
-_AT_ONCE: Final = 64
+_AT_ONCE: Final = 2**23
+"""Pixels that are encoded at once."""
+_LEAST_DEVIATION: Final = 0.01
+"""Of the largest one: a channel that says nothing must not become noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,11 @@ class Size:
     height: int
     num_frames: int
 
+    @property
+    def num_pixels(self) -> int:
+        """Of all frames."""
+        return self.width * self.height * self.num_frames
+
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.num_frames}"
 
@@ -39,6 +47,8 @@ SIZES: Final = (
     Size(width=128, height=96, num_frames=25),
     Size(width=160, height=128, num_frames=33),
 )
+SHARES: Final = (0.3, 0.55, 0.15)
+"""Of batches that have clips of these sizes; the second is what the model makes by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +65,6 @@ class Clips:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def to(self, device: torch.device) -> "Clips":
-        return Clips(latents=self.latents.to(device), tokens=self.tokens.to(device), mask=self.mask.to(device))
-
 
 def draw_scenes(count: int, rng: random.Random) -> list[Scene]:
     """Scenes to learn from, none of which shows a combination that is held out."""
@@ -71,29 +78,29 @@ def pixels(scenes: list[Scene], size: Size, *, seed: int, device: torch.device) 
 
 @torch.no_grad()
 def make_clips(vae: AutoencoderKLWan, size: Size, count: int, *, seed: int) -> Clips:
-    """Draw, render and encode; latents as the VAE has them, in bf16."""
+    """Draw, render and encode; latents as the VAE has them, in half precision."""
     rng, words = random.Random(seed), Words(num_tokens=NUM_TOKENS)
     latents, tokens, masks = [], [], []
-    for first in range(0, count, _AT_ONCE):
-        scenes = draw_scenes(min(_AT_ONCE, count - first), rng)
+    at_once = max(1, _AT_ONCE // size.num_pixels)
+    for first in range(0, count, at_once):
+        scenes = draw_scenes(min(at_once, count - first), rng)
         clips = pixels(scenes, size, seed=rng.randrange(2**31), device=vae.device)
         with vaes.whole_clips(vae), vaes.precision(vae.device):
             mean, _ = vaes.encode(vae, clips)
-        latents.append(mean.bfloat16())
-        for scene in scenes:
-            numbers, mask = words.tokens([caption(scene, rng) for _ in range(_NUM_CAPTIONS)])
-            tokens.append(numbers.to(torch.int16))
-            masks.append(mask.to(torch.int16))
-    return Clips(latents=torch.cat(latents), tokens=torch.stack(tokens), mask=torch.stack(masks))
+        latents.append(mean.half())  # which rounds less than bf16 before means are taken off
+        numbers, mask = words.tokens([caption(scene, rng) for scene in scenes for _ in range(_NUM_CAPTIONS)])
+        tokens.append(numbers.to(torch.int16).view(len(scenes), _NUM_CAPTIONS, -1))
+        masks.append(mask.to(torch.int16).view(len(scenes), _NUM_CAPTIONS, -1))
+    return Clips(latents=torch.cat(latents), tokens=torch.cat(tokens), mask=torch.cat(masks))
 
 
 def statistics(every: list[Clips]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of the latents, over clips of all sizes alike."""
     flat = [clips.latents.float().transpose(0, 1).flatten(1) for clips in every]
-    means = torch.stack([values.mean(1) for values in flat])
-    squares = torch.stack([values.pow(2).mean(1) for values in flat])
-    mean = means.mean(0)
-    return mean.tolist(), (squares.mean(0) - mean**2).sqrt().tolist()
+    mean = torch.stack([values.mean(1) for values in flat]).mean(0)
+    variance = torch.stack([(values - mean[:, None]).pow(2).mean(1) for values in flat]).mean(0)
+    deviation = variance.sqrt()
+    return mean.tolist(), deviation.clamp(min=_LEAST_DEVIATION * float(deviation.max())).tolist()
 
 
 def save(every: dict[Size, Clips], mean: list[float], deviation: list[float], path: Path) -> None:
@@ -109,7 +116,7 @@ def read(path: Path, *, device: torch.device) -> tuple[dict[str, Clips], list[fl
     kept = torch.load(path, map_location=device, weights_only=True)
     mean, deviation = (torch.tensor(kept[name], device=device).view(1, -1, 1, 1, 1) for name in ("mean", "deviation"))
     clips = {
-        name: Clips(latents=((latents - mean) / deviation).bfloat16(), tokens=tokens, mask=mask)
+        name: Clips(latents=((latents.float() - mean) / deviation).bfloat16(), tokens=tokens, mask=mask)
         for name, (latents, tokens, mask) in kept["clips"].items()
     }
     return clips, kept["mean"], kept["deviation"]

@@ -15,14 +15,15 @@ from transformers import UMT5EncoderModel
 
 from training import experts, latents, reading
 from training import vae as vaes
-from training.latents import NUM_TOKENS, SIZES, Size
+from training.latents import NUM_TOKENS, SHARES, SIZES, Size
 from training.loop import Plan, Training, finished, on
 from training.render import to_uint8
+from training.score import Score, examine, questions
 from training.text import Words, make_text_model
 
 TEXT, VAE, LATENTS = "text", "vae", "latents.pt"
 _TEXT_BATCH: Final = 64
-_POOL: Final = 2.0**31
+_POOL: Final = 2.0**33
 """Bytes of the clips among which the VAE's batches are drawn."""
 _SEED: Final = 20
 
@@ -57,25 +58,27 @@ def _reading() -> reading.Reading:
 def train_vae(work: Work, plan: Plan, *, num_clips: int) -> None:
     """The VAE, on clips out of a pool that is drawn once. num_clips: of the smallest size in a batch."""
     vae = on(work.device, vaes.make_vae(seed=_SEED + 1))
+    training = Training(vae, work.directory / VAE, plan)
+    if training.step and training.is_done:
+        return
     pools = [_pool(size, work) for size in SIZES]
     most = num_clips * pools[0][0].numel()
 
     def loss(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        pool = pools[random.Random(generator.initial_seed()).randrange(len(pools))]
+        [pool] = random.Random(generator.initial_seed()).choices(pools, SHARES)
         count = max(1, most // pool[0].numel())
         chosen = torch.randint(len(pool), (count,), generator=generator, device=work.device)
         clips = pool[chosen].permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
         with vaes.precision(work.device):
             return vaes.loss(vae, clips, generator=generator, weights=vaes.Weights())
 
-    training = Training(vae, work.directory / VAE, plan)
     with vaes.whole_clips(vae):
         training.run(loss)
 
 
 def _pool(size: Size, work: Work) -> torch.Tensor:
     """uint8 [N, T, H, W, 3], of as many bytes as those of the other sizes."""
-    count = int(_POOL * work.scale / len(SIZES) / (size.width * size.height * size.num_frames * 3)) + 1
+    count = int(_POOL * work.scale / len(SIZES) / (size.num_pixels * 3)) + 1
     rng, parts = random.Random(size.width), []
     for first in range(0, count, 64):
         scenes = latents.draw_scenes(min(64, count - first), rng)
@@ -84,14 +87,31 @@ def _pool(size: Size, work: Work) -> torch.Tensor:
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def judge_vae(work: Work, *, count: int) -> Score:
+    """How much of held-out clips is seen after they went through the VAE: what experts can reach at most."""
+    vae, size = trained_vae(work), SIZES[1]
+
+    def through(_: list[str], seeds: list[int]) -> list[torch.Tensor]:
+        scenes = [scene for scene, _ in questions(count, seed=0)[seeds[0] : seeds[-1] + 1]]
+        clips = latents.pixels(scenes, size, seed=seeds[0], device=work.device)
+        with vaes.whole_clips(vae), vaes.precision(work.device):
+            latent_clips = vaes.encode(vae, clips)[0]
+            return list(to_uint8(vaes.decode(vae, latent_clips).float()).cpu())
+
+    return examine(through, count, seed=0, at_once=10)[0]
+
+
 def trained_vae(work: Work) -> AutoencoderKLWan:
     """What `train_vae` has made."""
     return finished(vaes.make_vae(seed=_SEED + 1), work.directory / VAE, device=work.device)
 
 
 def make_latents(work: Work, *, counts: tuple[int, ...]) -> None:
-    """Clips of each of SIZES, so many of each, for the experts."""
+    """Clips of each of SIZES, so many of each, for the experts; not again if there are any."""
     vae = trained_vae(work)
+    if (work.directory / LATENTS).exists():
+        return
     every = {
         size: latents.make_clips(vae, size, count, seed=_SEED + 2 + index)
         for index, (size, count) in enumerate(zip(SIZES, counts, strict=True))
@@ -100,12 +120,20 @@ def make_latents(work: Work, *, counts: tuple[int, ...]) -> None:
     latents.save(every, mean, deviation, work.directory / LATENTS)
 
 
-def train_expert(work: Work, name: str, plan: Plan, *, num_tokens: int) -> None:
-    """One of experts.ROLES. num_tokens: of a batch."""
-    expert = on(work.device, experts.make_expert(seed=_SEED + 10))
-    clips, _, _ = latents.read(work.directory / LATENTS, device=work.device)
-    lessons = experts.Lessons(experts.ROLES[name], list(clips.values()), trained_text(work), experts.be_brief(expert))
+def train_expert(
+    work: Work, name: str, plan: Plan, *, num_tokens: int, first: str | None = None, is_compiled: bool = False
+) -> None:
+    """One of experts.ROLES. num_tokens: of a batch. first: a role whose expert it begins as."""
+    expert = on(work.device, experts.make_expert(seed=_SEED + 10)) if first is None else trained_expert(work, first)
+    expert.train().requires_grad_(True)
+    brief = experts.be_brief(expert)
     training = Training(expert, work.directory / name, plan)
+    if training.step and training.is_done:
+        return
+    clips, _, _ = latents.read(work.directory / LATENTS, device=work.device)
+    lessons = experts.Lessons(experts.ROLES[name], list(clips.values()), trained_text(work), brief)
+    if is_compiled:
+        expert.compile_repeated_blocks(dynamic=False)  # type: ignore[no-untyped-call]
     training.run(lambda generator: lessons.loss(expert, num_tokens=num_tokens, generator=generator))
 
 

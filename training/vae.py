@@ -19,10 +19,18 @@ CONFIG: Final[dict[str, Any]] = {**T2V_A14B_CONFIGS["vae/config.json"], "base_di
 """2.6 M parameters; eightfold in space and fourfold in time, as the published one."""
 
 
+_LITTLE_NOISE: Final = 6.0
+"""By how much the log variance of its latents is lowered at first: else noise drowns them, and nothing is learned."""
+
+
 def make_vae(*, seed: int) -> AutoencoderKLWan:
     """One that has learned nothing."""
     torch.manual_seed(seed)
     vae: AutoencoderKLWan = AutoencoderKLWan.from_config(CONFIG)
+    bias = vae.quant_conv.bias
+    assert bias is not None, "the published class has one"
+    with torch.no_grad():
+        bias[CONFIG["z_dim"] :] -= _LITTLE_NOISE
     return vae
 
 
@@ -54,6 +62,8 @@ def _frame_by_frame(module: WanCausalConv3d) -> Any:
 
     def forward(x: torch.Tensor, cache_x: None = None) -> torch.Tensor:
         """[B, C, T, H, W] in and out, in memory [B, T, H, W, C]."""
+        if torch.is_autocast_enabled(x.device.type):  # norms give fp32, which would be copied as such
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         batch, channels, num_frames, height, width = x.shape
         padded = x.new_zeros((batch, num_frames + reach - 1, height, width, channels))
         padded[:, reach - 1 :] = x.permute(0, 2, 3, 4, 1)
@@ -83,8 +93,13 @@ def _on_whole_clip(module: WanResample) -> Any:
 
 
 def _doubled(pairs: torch.Tensor) -> torch.Tensor:
-    """Two frames of C channels that lie in 2 C channels of one, one after the other: [B, C, 2 T, H, W]."""
-    return torch.unflatten(pairs, 1, (2, -1)).movedim(1, 3).flatten(2, 3)
+    """Two frames of C channels that lie in 2 C channels of one, one after the other: [B, C, 2 T, H, W].
+
+    In memory [B, 2 T, H, W, C], like everything else.
+    """
+    batch, channels, num_frames, height, width = pairs.shape
+    apart = pairs.permute(0, 2, 3, 4, 1).reshape(batch, num_frames, height, width, 2, channels // 2)
+    return apart.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 
 def precision(device: torch.device) -> torch.autocast:
@@ -124,7 +139,7 @@ def loss(
     difference = made - clips.float()
     edges = [F.l1_loss(made.diff(dim=dim), clips.float().diff(dim=dim)) for dim in (2, 3, 4)]
     parts = {
-        "pixels": difference.abs().mean(),
+        "pixels": difference.abs().mean() + difference.pow(2).mean(),
         "edges": weights.edges * torch.stack(edges).sum(),
         "divergence": weights.divergence * 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean(),
     }

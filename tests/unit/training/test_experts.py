@@ -59,6 +59,30 @@ def test_a_brief_text_is_the_long_one(expert: WanTransformer3DModel) -> None:
     assert (wrong - expected).norm() > 1e-3 * expected.norm()
 
 
+def test_a_new_expert_listens() -> None:
+    """Of its attention to a text at least a seventh goes to the words, which are one in fifty of what is there."""
+    made, encoder = make_expert(seed=1).requires_grad_(False), make_text_model(seed=3).eval().requires_grad_(False)
+    text = embed(encoder, *Words(num_tokens=512).tokens([TEXTS[0]]))
+    words = int((text.abs().sum(2) > 0).sum())
+    states = made.condition_embedder.text_embedder(text)
+    attention = made.blocks[2].attn2
+    query = attention.norm_q(attention.to_q(torch.randn(1, 64, 128, generator=torch.Generator().manual_seed(1))))
+    query, key = (
+        value.unflatten(2, (4, -1)).transpose(1, 2) for value in (query, attention.norm_k(attention.to_k(states)))
+    )
+    weights = (query @ key.transpose(2, 3) / 32**0.5).softmax(3)
+    assert words == 10 and float(weights[..., :words].sum(3).mean()) > 0.15
+
+
+def test_one_level_for_all_tokens_is_one_level(expert: WanTransformer3DModel) -> None:
+    """Told token by token it gives the same, so that one that knows images can begin as one that does not."""
+    noisy = torch.randn(2, 16, 2, 4, 6, generator=torch.Generator().manual_seed(4))
+    text, levels = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(5)), torch.tensor([900.0, 30.0])
+    [one] = expert(noisy, levels, text, return_dict=False)
+    [other] = expert(noisy, levels[:, None].expand(2, 12), text, return_dict=False)
+    assert (one - other).norm() < 1e-5 * one.norm()
+
+
 def test_no_caption_is_too_long() -> None:
     """Each leaves room for one padding token at least."""
     rng, words = random.Random(5), Words(num_tokens=NUM_TOKENS)

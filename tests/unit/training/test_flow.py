@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 
 from training.flow import Levels, loss
 
@@ -11,24 +11,24 @@ def drawn(levels: Levels, count: int = 20000) -> torch.Tensor:
     return levels.draw(count, generator=torch.Generator().manual_seed(0))
 
 
-def test_levels_are_logit_normal_and_shifted() -> None:
+def test_levels_are_shifted() -> None:
     """Half of them lie below 3 / 4, where a shift of 3 puts the middle; without it below 1 / 2; all between 0 and 1."""
     for shift, middle in ((3.0, 0.75), (1.0, 0.5)):
         levels = drawn(Levels(shift=shift))
-        assert levels.amin() > 0 and levels.amax() < 1
+        assert levels.amin() >= 0 and levels.amax() <= 1
         assert float(levels.median()) == pytest.approx(middle, abs=0.01)
-    assert torch.logit(drawn(Levels(shift=1.0))).std() == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.parametrize(("least", "most"), [(0.0, 0.875), (0.875, 1.0)])
 def test_levels_of_an_expert(least: float, most: float) -> None:
-    """Those of all that lie within its bounds, in the same proportions."""
-    every = drawn(Levels(), 200000)
-    expected = every[(every >= least) & (every < most)]
-    levels = drawn(Levels(least=least, most=most), len(expected))
+    """Between two steps of the scheduler lie as many of them as between any others."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler.set_timesteps(40)
+    steps = [level for level in scheduler.sigmas.tolist() if least <= level <= most]
+    levels = drawn(Levels(least=least, most=most), 200000)
     assert least <= levels.amin() and levels.amax() <= most
-    for share in (0.1, 0.5, 0.9):
-        assert float(levels.quantile(share)) == pytest.approx(float(expected.quantile(share)), abs=0.01)
+    between = torch.histogram(levels.double(), torch.tensor(sorted(steps), dtype=torch.float64)).hist[1:]
+    assert between.max() < 1.15 * between.min()
 
 
 def tiny_expert() -> WanTransformer3DModel:
@@ -85,4 +85,4 @@ def test_an_expert_learns() -> None:
         value.backward()
         optimizer.step()
         losses.append(float(value.detach()))
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])

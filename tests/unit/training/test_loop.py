@@ -1,6 +1,7 @@
 """The loop of training: schedules, averages, and going on where it stopped."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -79,13 +80,21 @@ def test_what_is_finished(tmp_path: Path) -> None:
         finished(model(), tmp_path / "nothing", device=CPU)
 
 
-def test_steps_by_time_are_counted_once(tmp_path: Path) -> None:
-    """A run that was given seconds keeps the number of steps that these came to."""
-    training = Training(here := model(), tmp_path, Plan(seconds=0.2))
+def test_a_plan_in_seconds(tmp_path: Path) -> None:
+    """It ends when they are over, those of earlier runs counted."""
+    began = time.monotonic()
+    training = Training(here := model(), tmp_path, Plan(seconds=0.5))
     training.run(loss_of(here))
-    assert training.steps == training.step >= 30
-    again = Training(model(), tmp_path, Plan(seconds=100.0))
-    assert again.steps == training.steps
+    assert 0.5 <= time.monotonic() - began < 5.0
+    steps = training.step
+    assert steps > 20
+    again = Training(there := model(), tmp_path, Plan(seconds=0.5))
+    again.run(loss_of(there))
+    assert again.step == steps
+    longer = Training(there, tmp_path, Plan(seconds=0.7))
+    began = time.monotonic()
+    longer.run(loss_of(there))
+    assert longer.step > steps and time.monotonic() - began < 5.0
 
 
 def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
@@ -96,9 +105,18 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
 
 
 def test_the_rate() -> None:
-    """Up along a line, down along a cosine."""
+    """Up along a line, and down along a cosine."""
     plan = Plan(steps=1000, rate=2.0, warm_up=100)
-    assert plan.rate_at(0, 1000) == pytest.approx(0.02)
-    assert plan.rate_at(99, 1000) == plan.rate_at(100, 1000) == pytest.approx(2.0)
-    assert plan.rate_at(550, 1000) == pytest.approx(1.0)
-    assert plan.rate_at(1000, 1000) == pytest.approx(0.0)
+    assert plan.rate_at(0, 0.0) == pytest.approx(0.02)
+    assert plan.rate_at(99, 0.0) == pytest.approx(2.0)
+    assert plan.rate_at(500, plan.done(500, 0.0)) == pytest.approx(1.0)
+    assert plan.rate_at(1000, plan.done(1000, 0.0)) == pytest.approx(0.0)
+    assert Plan(seconds=20.0).done(7, 5.0) == 0.25
+
+
+def test_the_average_begins_early(tmp_path: Path) -> None:
+    """After one step little of the first weights is left, and what is kept grows to what the plan says."""
+    training = Training(here := model(), tmp_path, Plan(steps=1, rate=0.1, warm_up=1))
+    first = here.weight.detach().clone()
+    training.run(loss_of(here))
+    assert torch.allclose(training.averaged.weight, first + (here.weight - first) * 9 / 11, atol=1e-6)  # type: ignore[operator]

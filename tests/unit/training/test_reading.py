@@ -40,7 +40,7 @@ def test_what_is_right() -> None:
 
 
 def test_it_learns_to_read() -> None:
-    """The loss falls to less than half, through the encoder."""
+    """The loss falls by a third, through the encoder."""
     torch.manual_seed(0)
     model, words = Reading(make_text_model(seed=1)), Words(num_tokens=48)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -52,4 +52,5 @@ def test_it_learns_to_read() -> None:
         optimizer.step()
         losses.append(float(parts["total"].detach()))
     assert losses[-1] < 0.65 * losses[0]
-    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+    gradients = [parameter.grad for parameter in model.encoder.parameters()]
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)

@@ -10,10 +10,11 @@ from PIL import Image
 
 from training.__main__ import main
 from training.assemble import EXPERTS
-from training.experts import ROLES
+from training.experts import ROLES, make_expert
 from training.generate import animator_of, generator_of
 from training.judge import Verdict
-from training.latents import SIZES, make_clips, read, statistics
+from training.latents import SIZES, Clips, make_clips, read, statistics
+from training.loop import finished
 from training.score import Score, examine, questions, score
 from training.sheet import sheet
 from training.vae import make_vae
@@ -33,7 +34,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text --steps 2",
         "vae --steps 1 --num-clips 1 --scale 0.00002",
         "latents --counts 2 2 2",
-        "expert --role t2v-high --steps 2 --num-tokens 300",
+        "expert --role base --steps 2 --num-tokens 300 --rate 0.01 --warm-up 1",
+        "expert --role t2v-high --first base --steps 2 --num-tokens 300",
         "expert --role t2v-low --steps 1 --num-tokens 300",
         "expert --role ti2v --steps 1 --num-tokens 300",
         f"model --task t2v --out {directory}/made-t2v",
@@ -91,9 +93,38 @@ def test_clips_are_repeatable() -> None:
 
 
 def test_a_stage_that_is_done_stays_as_it_is(run: Path) -> None:
-    before = (run / "t2v-high/state.pt").stat().st_mtime_ns, (run / "t2v-high/log.jsonl").read_text()
-    main(["expert", "--role", "t2v-high", "--steps", "2", "--run", str(run), "--device", "cpu"])
-    assert (run / "t2v-high/log.jsonl").read_text() == before[1]
+    before = {file: file.stat().st_mtime_ns for file in run.glob("*/*") if file.is_file()}
+    before[run / "latents.pt"] = (run / "latents.pt").stat().st_mtime_ns
+    for stage in ("vae --steps 1 --scale 0.00002", "latents", "expert --role t2v-high --steps 2", "text --steps 2"):
+        main([*stage.split(), "--run", str(run), "--device", "cpu"])
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_an_expert_begins_as_another(run: Path) -> None:
+    """After two small steps it is near the base, and one that began with nothing is not."""
+    cpu = torch.device("cpu")
+    base, high, other = (finished(make_expert(seed=0), run / name, device=cpu) for name in ("base", "t2v-high", "ti2v"))
+    near, far = (
+        max(float((one - two).abs().max()) for one, two in zip(base.parameters(), each.parameters(), strict=True))
+        for each in (high, other)
+    )
+    assert 0 < near < 1e-3 < far
+
+
+def test_what_the_vae_lets_through(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The score of held-out clips that only went through the VAE; one that has learned nothing shows nothing."""
+    main(["judge-vae", "--run", str(run), "--count", "2", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("of 2 captions colour 0%, motion 0%, ")
+
+
+def test_a_channel_that_says_nothing() -> None:
+    """Its deviation is a hundredth of the largest, and not 0, by which nothing can be divided."""
+    latents = torch.randn(4, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    latents *= torch.tensor([4.0, 1.0, 0.0]).view(1, 3, 1, 1, 1)
+    nothing = torch.zeros(4, 1, 48, dtype=torch.int16)
+    _, deviation = statistics([Clips(latents=latents + 5.0, tokens=nothing, mask=nothing)])
+    assert deviation[0] == pytest.approx(4.0, rel=0.1)
+    assert deviation[2] == pytest.approx(deviation[0] / 100)
 
 
 def test_questions() -> None:
@@ -154,5 +185,5 @@ def test_a_sheet_shows_the_first_and_the_last_frame() -> None:
 
 
 def test_tasks_and_roles_belong_together() -> None:
-    assert {role for roles in EXPERTS.values() for role in roles.values()} == set(ROLES)
+    assert {role for roles in EXPERTS.values() for role in roles.values()} == set(ROLES) - {"base"}
     assert set(EXPERTS) == {Task.TEXT_TO_VIDEO, Task.TEXT_IMAGE_TO_VIDEO}

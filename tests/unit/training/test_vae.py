@@ -34,6 +34,39 @@ def test_whole_clips_are_what_slices_are(vae: AutoencoderKLWan, num_frames: int)
     assert (made.clamp(-1, 1) - expected).abs().max() < 1e-5
 
 
+def test_the_first_frame_stands_alone(vae: AutoencoderKLWan) -> None:
+    """Its latents are those of the frame by itself, which is how a model that takes an image is given it."""
+    pixels = clip(9)
+    with vaes.whole_clips(vae):
+        mean, _ = vaes.encode(vae, pixels)
+        alone, _ = vaes.encode(vae, pixels[:, :, :1])
+    assert (mean[:, :, :1] - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+def test_half_precision(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every convolution gets bf16, although norms give fp32, and the loss is that of fp32 within a hundredth."""
+    pixels, dtypes = clip(5), []
+    convolve = torch.nn.functional.conv2d
+
+    def noted(x: torch.Tensor, *args: object, **named: object) -> torch.Tensor:
+        dtypes.append(x.dtype)
+        return convolve(x, *args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", noted)
+
+    def total() -> float:
+        parts = vaes.loss(vae, pixels, generator=torch.Generator().manual_seed(1), weights=vaes.Weights())
+        return float(parts["total"])
+
+    with vaes.whole_clips(vae):
+        exact = total()
+        num_convolutions = len(dtypes)
+        dtypes.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert total() == pytest.approx(exact, rel=1e-2)
+    assert dtypes.count(torch.bfloat16) >= num_convolutions - 8  # resampling is torch's own, which casts inside
+
+
 def test_slices_are_left_as_they_were(vae: AutoencoderKLWan) -> None:
     """After the block diffusers' own way gives the same as before, also when the block failed."""
     pixels = clip(9)
