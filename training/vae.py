@@ -24,13 +24,22 @@ _LITTLE_NOISE: Final = 6.0
 
 
 def make_vae(*, seed: int) -> AutoencoderKLWan:
-    """One that has learned nothing."""
+    """One that has learned nothing.
+
+    Its convolutions keep the variance of what they are given, and have no bias at first. As torch makes them, they pass
+    on less of a clip than of their biases, and the norms after them keep it so: the decoder then takes hundreds of
+    steps to see that clips differ.
+    """
     torch.manual_seed(seed)
     vae: AutoencoderKLWan = AutoencoderKLWan.from_config(CONFIG)
-    bias = vae.quant_conv.bias
-    assert bias is not None, "the published class has one"
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            assert module.bias is not None, "each of the published class has one"
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)
     with torch.no_grad():
-        bias[CONFIG["z_dim"] :] -= _LITTLE_NOISE
+        vae.quant_conv.weight[CONFIG["z_dim"] :] *= 0.1
+        vae.quant_conv.bias[CONFIG["z_dim"] :] -= _LITTLE_NOISE  # type: ignore[index]
     return vae
 
 

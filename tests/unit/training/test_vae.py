@@ -31,7 +31,7 @@ def test_whole_clips_are_what_slices_are(vae: AutoencoderKLWan, num_frames: int)
     assert mean.shape == latents.shape == (2, 16, (num_frames + 3) // 4, 4, 3)
     assert (mean - latents).abs().max() < 1e-5 * latents.abs().max()
     expected = vae.decode(latents).sample
-    assert (made.clamp(-1, 1) - expected).abs().max() < 1e-5
+    assert (made.clamp(-1, 1) - expected).abs().max() < 5e-5
 
 
 def test_the_first_frame_stands_alone(vae: AutoencoderKLWan) -> None:
@@ -93,6 +93,30 @@ def test_it_learns() -> None:
         optimizer.step()
         losses.append(float(parts["total"].detach()))
     assert losses[-1] < 0.75 * losses[0]
+
+
+def test_a_new_one_tells_clips_apart() -> None:
+    """Most of what a new one makes depends on what it is given, and its latents are no noise.
+
+    Of the class as torch makes it the first does not hold: it makes nearly the same of everything.
+    """
+
+    def share(vae: AutoencoderKLWan) -> float:
+        """Of the variance of what it makes, that between different clips."""
+        scenes = [draw_scene(random.Random(number)) for number in range(6)]
+        pixels = render(scenes, height=32, width=32, num_frames=5, seed=1)
+        with torch.no_grad(), vaes.whole_clips(vae):
+            mean, _ = vaes.encode(vae, pixels)
+            made = vaes.decode(vae, mean)
+        return float(made.var(0).mean() / made.var((0, 2, 3, 4)).mean())
+
+    new = vaes.make_vae(seed=2)
+    torch.manual_seed(2)
+    ordinary: AutoencoderKLWan = AutoencoderKLWan.from_config(vaes.CONFIG)
+    assert share(new) > 0.5 > share(ordinary)
+    with torch.no_grad(), vaes.whole_clips(new):
+        mean, log_variance = vaes.encode(new, clip(5))
+    assert float(log_variance.exp().mean().sqrt()) < 0.2 * float(mean.std())
 
 
 def test_psnr() -> None:
