@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 
 from training import experts
+from training.assemble import configs_of
 from training.experts import ROLES, BriefText, Lessons, be_brief, make_expert
 from training.flow import Levels
 from training.latents import NUM_TOKENS, Clips
 from training.text import Words, embed, make_text_model
 from training.vae import make_vae
 from training.world import caption, draw_scene
+from wan_grpc.domain.variants import Task
 
 TEXTS = ["a red circle moves right on a blue background", "", "a curious raccoon on the left jumps"]
 
@@ -195,3 +197,32 @@ def test_it_learns() -> None:
         losses.append(float(parts["total"].detach()))
     assert losses[-1] < 0.75 * losses[0]
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in made.parameters())
+
+
+def test_the_sampler_gives_back_what_was_learned() -> None:
+    """An expert that has seen one clip alone makes it out of any noise, by the scheduler of the checkpoint."""
+    made, some = make_expert(seed=1), clips(1, 2, 4)
+    encoder = make_text_model(seed=3).eval().requires_grad_(False)
+    lessons = Lessons(ROLES["base"], [some], encoder, brief := be_brief(made))
+    optimizer = torch.optim.AdamW(made.parameters(), lr=2e-3)
+    for step in range(160):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 20, (160 - step) / 60)
+        parts = lessons.loss(made, num_tokens=128, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        parts["total"].backward()
+        optimizer.step()
+    scheduler = UniPCMultistepScheduler.from_config(
+        dict(configs_of(Task.TEXT_TO_VIDEO, [], [])["scheduler/scheduler_config.json"])
+    )
+    scheduler.set_timesteps(20)
+    numbers, mask = Words(num_tokens=NUM_TOKENS).tokens([TEXTS[0]])
+    brief.look_at(mask)
+    latents = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(99))
+    assert (latents - some.latents).norm() > 1.2 * some.latents.norm()
+    with torch.no_grad():
+        text = embed(encoder, numbers, mask)
+        for timestep in scheduler.timesteps:
+            [slope] = made(latents, timestep.expand(1), text, return_dict=False)
+            latents = scheduler.step(slope, timestep, latents, return_dict=False)[0]
+    assert (latents - some.latents).norm() < 0.5 * some.latents.norm()
