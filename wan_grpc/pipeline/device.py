@@ -77,8 +77,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a computation failed for want of memory. torch has an exception of its own for it on GPUs alone."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't" in str(error)
+    """Whether a computation failed for want of memory. torch has an exception of its own for it on GPUs alone.
+
+    On CPUs oneDNN says no more than that it could not create a primitive, when there is no memory for a kernel's code;
+    shapes that it does not know it refuses by another sentence.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator: can't" in str(error) or str(error) == "could not create a primitive"
 
 
 def used_bytes(device: torch.device) -> int:

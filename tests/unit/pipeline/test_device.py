@@ -125,3 +125,16 @@ def test_threads_are_rounded_down_to_what_repeats(asked: int, given: int, monkey
     assert devices.make_repeatable("cpu", num_threads=asked) == given
     assert devices.make_repeatable("cuda:0", num_threads=asked) == asked
     assert set_to == [given, asked]
+
+
+def test_what_is_a_lack_of_memory() -> None:
+    """Also oneDNN's word for it; neither a bug nor a shape that no kernel takes, which it tells in nearly the same."""
+    message = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+    for error in (
+        torch.OutOfMemoryError(),
+        MemoryError(),
+        *map(RuntimeError, (message, "could not create a primitive")),
+    ):
+        assert devices.is_out_of_memory(error)
+    for message in ("could not create a primitive descriptor for a convolution forward propagation", "a bug"):
+        assert not devices.is_out_of_memory(RuntimeError(message))
