@@ -69,7 +69,7 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
         return each
 
     trained("text", lambda options: stages.train_text(_work(options), _plan(options)))
-    vae = trained("vae", lambda o: stages.train_vae(_work(o), _plan(o), num_clips=o.num_clips))
+    vae = trained("vae", lambda o: stages.train_vae(_work(o), _plan(o), num_clips=o.num_clips, scale=o.scale))
     vae.add_argument("--num-clips", type=int, default=16, help="of a batch, of the smallest size")
     vae.add_argument("--scale", type=float, default=1.0, help="of the number of clips that are drawn")
     judged = stage("judge-vae", lambda o: _say(stages.judge_vae(_work(o), count=o.count)))
@@ -97,7 +97,7 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _work(options: argparse.Namespace) -> stages.Work:
-    return stages.Work(directory=options.run, device=options.device, scale=getattr(options, "scale", 1.0))
+    return stages.Work(directory=options.run, device=options.device)
 
 
 def _plan(options: argparse.Namespace) -> Plan:

@@ -3,13 +3,11 @@
 Knows which parts and configs a checkpoint has. Does not know how the parts were trained.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from training import experts, latents
@@ -18,9 +16,8 @@ from training.stages import LATENTS, Work, trained_expert, trained_text, trained
 from training.text import text_config, words_tokenizer
 from wan_grpc.domain.variants import Task
 from wan_grpc.pipeline.checkpoint import EXTRA_NAME
-from wan_grpc.pipeline.layout import WEIGHT_STEMS
 from wan_grpc.pipeline.published import T2V_A14B_CONFIGS, TI2V_5B_CONFIGS, Configs
-from wan_grpc.pipeline.tokenizer import TOKENIZER_CONFIG
+from wan_grpc.pipeline.tiny_weights import write_checkpoint
 
 EXPERTS: Final[Mapping[Task, Mapping[str, str]]] = {
     Task.TEXT_TO_VIDEO: {"transformer": "t2v-high", "transformer_2": "t2v-low"},
@@ -46,22 +43,14 @@ VERSION: Final = 2
 def assemble(work: Work, task: Task, directory: Path) -> None:
     """Write the checkpoint of `task` into `directory`, with what the stages have made in work.directory."""
     mean, deviation = latents.read_statistics(work.directory / LATENTS)
-    roles = EXPERTS[task]
-    configs = configs_of(task, mean, deviation)
     models: dict[str, nn.Module] = {
         "text_encoder": trained_text(work),
         "vae": trained_vae(work),
-        **{component: trained_expert(work, role) for component, role in roles.items()},
+        **{component: trained_expert(work, role) for component, role in EXPERTS[task].items()},
     }
-    for name, config in configs.items():
-        _write_json(directory / name, config)
-    _write_json(directory / "tokenizer/tokenizer_config.json", TOKENIZER_CONFIG)
-    words_tokenizer().save(str(directory / "tokenizer/tokenizer.json"))
-    for component, model in models.items():
-        state = {
-            name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.named_parameters()
-        }
-        save_file(state, directory / component / f"{WEIGHT_STEMS[component]}.safetensors", metadata={"format": "pt"})
+    for model in models.values():
+        nn.Module.to(model, "cpu", torch.bfloat16)
+    write_checkpoint(directory, configs_of(task, mean, deviation), words_tokenizer(), models)
 
 
 def configs_of(task: Task, mean: list[float], deviation: list[float]) -> Configs:
@@ -87,8 +76,3 @@ def configs_of(task: Task, mean: list[float], deviation: list[float]) -> Configs
         "vae/config.json": {**vaes.CONFIG, "latents_mean": mean, "latents_std": deviation},
         EXTRA_NAME: {"defaults": defaults, "embedded": True, "version": VERSION},
     }
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from training.text import TEXT_DIM, Words, embed
 from training.vae import precision
 from wan_grpc.pipeline.published import T2V_A14B_CONFIGS
 from wan_grpc.pipeline.text import NUM_TOKENS as NUM_SERVED
+from wan_grpc.pipeline.transformer import TextAttention
 
 CONFIG: Final[dict[str, Any]] = {
     **T2V_A14B_CONFIGS["transformer/config.json"],
@@ -77,7 +78,7 @@ def make_expert(*, seed: int) -> WanTransformer3DModel:
     return expert
 
 
-class BriefText:
+class BriefText(TextAttention):
     """Attention to a text without its padding: one zero stands for all that the pipelines append.
 
     They are alike, and a softmax over n of the same is one of them with ln n added.
@@ -87,22 +88,11 @@ class BriefText:
         self.bias = torch.zeros(0)
         """[B, 1, 1, tokens], added before the softmax."""
 
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        attention_mask: None = None,
-        rotary_emb: None = None,
-    ) -> torch.Tensor:
-        """[B, S, inner_dim] in and out; the signature is that of a diffusers attention processor."""
-        query = attn.norm_q(attn.to_q(hidden_states))
-        key = attn.norm_k(attn.to_k(encoder_hidden_states))
-        value = attn.to_v(encoder_hidden_states)
-        query, key, value = (states.unflatten(2, (attn.heads, -1)).transpose(1, 2) for states in (query, key, value))
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[B, S, H, D] of the video, [B, tokens, H, D] of the text twice."""
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias.to(query.dtype))
-        projected: torch.Tensor = attn.to_out[0](attended.transpose(1, 2).flatten(2))
-        return projected
+        return attended.transpose(1, 2)
 
     def look_at(self, mask: torch.Tensor, *, num_served: int = NUM_SERVED) -> None:
         """mask: which tokens there are, [B, tokens], with at least one that is not. num_served: of the pipelines."""

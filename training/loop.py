@@ -132,7 +132,7 @@ class Training:
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - kept)
 
     def save(self) -> None:
-        """Each file whole or not at all."""
+        """Each file whole or not at all; the state last, so that what it says is done has its average."""
         average = self.averaged.state_dict()
         state = {
             "step": self.step,
@@ -141,7 +141,7 @@ class Training:
             "average": average,
             "optimizer": self._optimizer.state_dict(),
         }
-        for name, content in ((_STATE, state), (_AVERAGE, average)):
+        for name, content in ((_AVERAGE, average), (_STATE, state)):
             scratch = self._directory / f"{name}.new"
             torch.save(content, scratch)
             scratch.replace(self._directory / name)

@@ -34,8 +34,6 @@ class Work:
 
     directory: Path
     device: torch.device
-    scale: float = 1.0
-    """Of the amounts of data, which a test makes small."""
 
 
 def train_text(work: Work, plan: Plan) -> None:
@@ -55,13 +53,16 @@ def _reading() -> reading.Reading:
     return reading.Reading(make_text_model(seed=_SEED))
 
 
-def train_vae(work: Work, plan: Plan, *, num_clips: int) -> None:
-    """The VAE, on clips out of a pool that is drawn once. num_clips: of the smallest size in a batch."""
+def train_vae(work: Work, plan: Plan, *, num_clips: int, scale: float = 1.0) -> None:
+    """The VAE, on clips out of a pool that is drawn once.
+
+    num_clips: of the smallest size in a batch. scale: of the pool, which a test makes small.
+    """
     vae = on(work.device, vaes.make_vae(seed=_SEED + 1))
     training = Training(vae, work.directory / VAE, plan)
     if training.step and training.is_done:
         return
-    pools = [_pool(size, work) for size in SIZES]
+    pools = [_pool(size, work.device, scale=scale) for size in SIZES]
     most = num_clips * pools[0][0].numel()
 
     def loss(generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -76,13 +77,13 @@ def train_vae(work: Work, plan: Plan, *, num_clips: int) -> None:
         training.run(loss)
 
 
-def _pool(size: Size, work: Work) -> torch.Tensor:
+def _pool(size: Size, device: torch.device, *, scale: float) -> torch.Tensor:
     """uint8 [N, T, H, W, 3], of as many bytes as those of the other sizes."""
-    count = int(_POOL * work.scale / len(SIZES) / (size.num_pixels * 3)) + 1
+    count = int(_POOL * scale / len(SIZES) / (size.num_pixels * 3)) + 1
     rng, parts = random.Random(size.width), []
     for first in range(0, count, 64):
         scenes = latents.draw_scenes(min(64, count - first), rng)
-        clips = latents.pixels(scenes, size, seed=rng.randrange(2**31), device=work.device)
+        clips = latents.pixels(scenes, size, seed=rng.randrange(2**31), device=device)
         parts.append(to_uint8(clips))
     return torch.cat(parts)
 

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors.torch import save
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -29,15 +30,22 @@ _SEEDS: Final = {"text_encoder": 1, "transformer": 2, "transformer_2": 3, "vae":
 
 def write_model(directory: Path, configs: Configs) -> None:
     """Write configs, tokenizer and weights into `directory`, byte for byte the same every time."""
-    for name, config in configs.items():
-        _write_json(directory / name, config)
-    _write_json(directory / "tokenizer/tokenizer_config.json", TOKENIZER_CONFIG)
-    byte_tokenizer().save(str(directory / "tokenizer/tokenizer.json"))
+    models = {}
     for component in (name for name in WEIGHT_STEMS if f"{name}/config.json" in configs):
-        model = _model(component, configs[f"{component}/config.json"])
+        model = models[component] = _model(component, configs[f"{component}/config.json"])
         random_weights(model, seed=_SEEDS[component], device=torch.device("cpu"), dtype=torch.float32)
         if isinstance(model, AutoencoderKLWan):
             _smooth(model)
+    write_checkpoint(directory, configs, byte_tokenizer(), models)
+
+
+def write_checkpoint(directory: Path, configs: Configs, tokenizer: Tokenizer, models: Mapping[str, nn.Module]) -> None:
+    """Write what the published layout has: configs by their names, the tokenizer, weights by component, on the CPU."""
+    for name, config in configs.items():
+        _write_json(directory / name, config)
+    _write_json(directory / "tokenizer/tokenizer_config.json", TOKENIZER_CONFIG)
+    tokenizer.save(str(directory / "tokenizer/tokenizer.json"))
+    for component, model in models.items():
         prefix = PREFIXES.get(component, "")
         state = {f"{prefix}{name}": parameter.detach() for name, parameter in model.named_parameters()}
         file = directory / component / f"{WEIGHT_STEMS[component]}.safetensors"

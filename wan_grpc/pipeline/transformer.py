@@ -105,10 +105,14 @@ class TextAttention:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(text).unflatten(2, (attn.heads, -1))
-        attended = torch_attention(query, key, value)
+        attended = self.attend(query, key, value)
         if num_image_tokens:
             attended = attended + self._attend_images(attn, query, encoder_hidden_states[:, :num_image_tokens])
         return _project_out(attn, attended)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention to the text alone: [B, S, H, D] of the video, [B, 512, H, D] of the text twice."""
+        return torch_attention(query, key, value)
 
     def _attend_images(self, attn: WanAttention, query: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         assert attn.add_k_proj is not None

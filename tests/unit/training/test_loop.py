@@ -80,6 +80,28 @@ def test_what_is_finished(tmp_path: Path) -> None:
         finished(model(), tmp_path / "nothing", device=CPU)
 
 
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be saved whole is not taken for done, and the stage goes on from what was."""
+    save = torch.save
+
+    def save_until_full(content: object, path: Path) -> None:
+        if path.name.startswith("state"):
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(content, path)
+
+    Training(here := model(), tmp_path, Plan(steps=3)).run(loss_of(here))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_until_full)
+        with pytest.raises(OSError, match="No space left"):
+            Training(there := model(), tmp_path, Plan(steps=9)).run(loss_of(there))
+    again = Training(last := model(), tmp_path, Plan(steps=9))
+    assert again.step == 3 and not again.is_done
+    again.run(loss_of(last))
+    kept = finished(model(), tmp_path, device=CPU)
+    assert again.step == 9 and torch.equal(kept.weight, again.averaged.weight)  # type: ignore[arg-type]
+
+
 def test_a_plan_in_seconds(tmp_path: Path) -> None:
     """It ends when they are over, those of earlier runs counted."""
     began = time.monotonic()
