@@ -59,7 +59,7 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
 
     def trained(name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         each = stage(name, do)
-        each.set_defaults(is_training=True)
+        each.set_defaults(is_training=True, is_orthogonal=name == "expert")
         length = each.add_mutually_exclusive_group(required=True)
         length.add_argument("--steps", type=int)
         length.add_argument("--seconds", type=float, help="as many steps as fit, counted once and kept")
@@ -107,6 +107,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         rate=options.rate,
         warm_up=options.warm_up,
         average=options.average,
+        is_orthogonal=options.is_orthogonal,
     )
 
 

@@ -55,6 +55,10 @@ ROLES: Final[Mapping[str, Role]] = {
 """`base` is what the others may begin with: it knows all levels."""
 _AWAY: Final = 0.6
 _WITHOUT_CAPTION: Final = 0.1
+_NEAR_THINGS: Final = 8.0
+"""How much more errors count where a thing is. Backgrounds are most of a clip, and shapes were learned last."""
+_FINE: Final = 0.4
+"""Levels below it count less: there only details are left that nobody sees, with large errors of the slope."""
 _AT_ONCE: Final = 4096
 _PATCH: Final = 4
 """Values of a channel that are one token."""
@@ -151,7 +155,13 @@ class Lessons:
             has_image = torch.rand(count, generator=generator, device=device) < self._role.share_of_images
         with precision(device):
             total = flow.loss(
-                expert, clips.latents[chosen].float(), text, levels, generator=generator, has_image=has_image
+                expert,
+                clips.latents[chosen].float(),
+                text,
+                levels,
+                generator=generator,
+                has_image=has_image,
+                weights=_weights(clips.near[chosen], levels),
             )
         return {"total": total}
 
@@ -163,6 +173,11 @@ class Lessons:
         self._brief.look_at(torch.where(is_silent[:, None], self._no_mask, mask))
         text = self._texts[kind][chosen, said]
         return torch.where(is_silent[:, None, None], self._no_text, text).float()
+
+
+def _weights(near: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Of the errors at each place, [B, t, h, w], by what is near it and by the level of its clip, [B]."""
+    return (1.0 + _NEAR_THINGS * near.float()) * (levels / _FINE).clamp(max=1.0).view(-1, 1, 1, 1)
 
 
 @torch.no_grad()

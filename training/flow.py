@@ -42,11 +42,13 @@ def loss(
     *,
     generator: torch.Generator,
     has_image: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the slope from `latents` [B, C, t, h, w] to noise at `levels` [B], given `text`.
 
     has_image: [B], whether the first latent frame is given. It is then without noise, at level 0, and has no error; and
     the expert is told the level of each token, as in TI2V-5B. None: one level a clip.
+    weights: of places, [B, t, h, w]. They change what is learned first, not what is right: that is the same at each.
     """
     noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     is_given = torch.zeros_like(latents[:, :1], dtype=torch.bool)
@@ -57,4 +59,6 @@ def loss(
     told = levels if has_image is None else level_map[:, 0, :, ::2, ::2].flatten(1)
     [slope] = expert(noisy, told * NUM_TIMESTEPS, text, return_dict=False)
     error: torch.Tensor = slope.float() - (noise - latents).float()
-    return error.pow(2).masked_fill(is_given, 0.0).sum() / (~is_given).expand_as(error).sum()
+    counted = torch.ones_like(is_given, dtype=error.dtype) if weights is None else weights.float().unsqueeze(1)
+    counted = counted.masked_fill(is_given, 0.0).expand_as(error)
+    return (error.pow(2) * counted).sum() / counted.sum()

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from training import vae as vaes
-from training.render import render
+from training.render import render, render_with_cover
 from training.text import Words
 from training.world import Scene, caption, draw_scene
 
@@ -61,6 +62,8 @@ class Clips:
     """Of their captions: [N, captions, NUM_TOKENS]."""
     mask: torch.Tensor
     """Which of the tokens there are: the same shape."""
+    near: torch.Tensor
+    """How much of a thing is in each place of the latents or beside it, 0 to 1: [N, t, h, w]."""
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -80,18 +83,39 @@ def pixels(scenes: list[Scene], size: Size, *, seed: int, device: torch.device) 
 def make_clips(vae: AutoencoderKLWan, size: Size, count: int, *, seed: int) -> Clips:
     """Draw, render and encode; latents as the VAE has them, in half precision."""
     rng, words = random.Random(seed), Words(num_tokens=NUM_TOKENS)
-    latents, tokens, masks = [], [], []
+    latents, tokens, masks, near = [], [], [], []
     at_once = max(1, _AT_ONCE // size.num_pixels)
     for first in range(0, count, at_once):
         scenes = draw_scenes(min(at_once, count - first), rng)
-        clips = pixels(scenes, size, seed=rng.randrange(2**31), device=vae.device)
+        clips, cover = render_with_cover(
+            scenes,
+            height=size.height,
+            width=size.width,
+            num_frames=size.num_frames,
+            seed=rng.randrange(2**31),
+            device=vae.device,
+        )
+        near.append(near_things(cover).half())
         with vaes.whole_clips(vae), vaes.precision(vae.device):
             mean, _ = vaes.encode(vae, clips)
         latents.append(mean.half())  # which rounds less than bf16 before means are taken off
         numbers, mask = words.tokens([caption(scene, rng) for scene in scenes for _ in range(_NUM_CAPTIONS)])
         tokens.append(numbers.to(torch.int16).view(len(scenes), _NUM_CAPTIONS, -1))
         masks.append(mask.to(torch.int16).view(len(scenes), _NUM_CAPTIONS, -1))
-    return Clips(latents=torch.cat(latents), tokens=torch.cat(tokens), mask=torch.cat(masks))
+    return Clips(
+        latents=torch.cat(latents), tokens=torch.cat(tokens), mask=torch.cat(masks), near=torch.cat(near)
+    )
+
+
+def near_things(cover: torch.Tensor) -> torch.Tensor:
+    """The largest cover, [B, T, H, W], of the pixels in and around each place of the latents: [B, t, h, w].
+
+    The first latent frame is the first frame, each other one stands for four.
+    """
+    places = F.max_pool2d(cover, 8)
+    first, others = places[:, :1], places[:, 1:]
+    frames = torch.cat([first, others.unflatten(1, (-1, 4)).amax(2)], dim=1)
+    return F.max_pool2d(frames, 3, stride=1, padding=1)
 
 
 def statistics(every: list[Clips]) -> tuple[list[float], list[float]]:
@@ -105,7 +129,7 @@ def statistics(every: list[Clips]) -> tuple[list[float], list[float]]:
 
 def save(every: dict[Size, Clips], mean: list[float], deviation: list[float], path: Path) -> None:
     """One file."""
-    body = {str(size): (clips.latents.cpu(), clips.tokens, clips.mask) for size, clips in every.items()}
+    body = {str(size): (clips.latents.cpu(), clips.tokens, clips.mask, clips.near.cpu()) for size, clips in every.items()}
     scratch = path.with_suffix(".new")
     torch.save({"mean": mean, "deviation": deviation, "clips": body}, scratch)
     scratch.replace(path)
@@ -116,8 +140,8 @@ def read(path: Path, *, device: torch.device) -> tuple[dict[str, Clips], list[fl
     kept = torch.load(path, map_location=device, weights_only=True)
     mean, deviation = (torch.tensor(kept[name], device=device).view(1, -1, 1, 1, 1) for name in ("mean", "deviation"))
     clips = {
-        name: Clips(latents=((latents.float() - mean) / deviation).bfloat16(), tokens=tokens, mask=mask)
-        for name, (latents, tokens, mask) in kept["clips"].items()
+        name: Clips(latents=((latents.float() - mean) / deviation).bfloat16(), tokens=tokens, mask=mask, near=near)
+        for name, (latents, tokens, mask, near) in kept["clips"].items()
     }
     return clips, kept["mean"], kept["deviation"]
 

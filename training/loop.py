@@ -16,6 +16,8 @@ from typing import Any, Final, TypeAlias, TypeVar
 import torch
 from torch import nn
 
+from training.muon import Muon
+
 Loss: TypeAlias = Callable[[torch.Generator], Mapping[str, torch.Tensor]]
 """One batch drawn by the generator: parts of the loss, of which `total` is minimised."""
 Model = TypeVar("Model", bound=nn.Module)
@@ -43,8 +45,10 @@ class Plan:
     average: float = 0.999
     """Of the moving average of all weights, which is what is kept in the end. It begins with less."""
     most_gradient: float = 1.0
+    is_orthogonal: bool = False
+    """Whether the matrices of a transformer's blocks are learned by Muon instead of AdamW."""
     seed: int = 0
-    save_every_s: float = 60.0
+    save_every_s: float = 20.0
     log_every: int = 50
 
     def done(self, step: int, seconds: float) -> float:
@@ -69,13 +73,7 @@ class Training:
         self.device = next(model.parameters()).device
         self._directory = directory
         self._plan = plan
-        self._optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=plan.rate,
-            betas=(0.9, 0.99),
-            weight_decay=plan.decay,
-            fused=self.device.type == "cuda",
-        )
+        self._optimizers = _optimizers(model, plan, is_fused=self.device.type == "cuda")
         self.averaged = copy.deepcopy(model).requires_grad_(False)
         """The model with the moving average of its weights."""
         self.step = 0
@@ -115,13 +113,14 @@ class Training:
     def _learn(self, loss: Loss) -> Mapping[str, torch.Tensor]:
         generator = torch.Generator(self.device).manual_seed(self._plan.seed * 1_000_003 + self.step)
         rate = self._plan.rate_at(self.step, self._plan.done(self.step, self._seconds))
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
         parts = loss(generator)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         parts["total"].backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), self._plan.most_gradient)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         self.step += 1
         self._take_into_average()
         return {name: value.detach() for name, value in parts.items()}
@@ -139,7 +138,7 @@ class Training:
             "seconds": self._seconds,
             "model": self.model.state_dict(),
             "average": average,
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
         for name, content in ((_AVERAGE, average), (_STATE, state)):
             scratch = self._directory / f"{name}.new"
@@ -150,7 +149,8 @@ class Training:
         self.step, self._seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["average"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
 
     def _log(self, parts: Mapping[str, torch.Tensor]) -> None:
         values = {name: round(float(value), 6) for name, value in parts.items()}
@@ -160,6 +160,18 @@ class Training:
             file.write(line + "\n")
         if not math.isfinite(values["total"]):
             raise DivergedError(f"step {self.step}: {values}")
+
+
+def _optimizers(model: nn.Module, plan: Plan, *, is_fused: bool) -> list[torch.optim.Optimizer]:
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_of_muon = plan.is_orthogonal and parameter.ndim == 2 and name.startswith("blocks.")
+        (matrices if is_of_muon else others).append(parameter)
+    decay = plan.decay
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=plan.rate, betas=(0.9, 0.99), weight_decay=decay, fused=is_fused)
+    ]
+    return [*made, Muon(matrices, lr=plan.rate, weight_decay=decay)] if matrices else made
 
 
 def finished(model: Model, directory: Path, *, device: torch.device) -> Model:

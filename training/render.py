@@ -18,7 +18,7 @@ from wan_grpc.pipeline.decode import to_pictures
 
 _Kind = TypeVar("_Kind", bound=Hashable)
 
-_RADIUS: Final = {Size.SMALL: (0.09, 0.12), Size.MEDIUM: (0.14, 0.18), Size.LARGE: (0.21, 0.26)}
+_RADIUS: Final = {Size.SMALL: (0.12, 0.145), Size.MEDIUM: (0.155, 0.19), Size.LARGE: (0.21, 0.26)}
 """Of a circle of the same area, as a share of the picture's shorter side."""
 _ACROSS: Final = ((0.14, 0.3), (0.7, 0.86))
 """Where a thing that crosses the picture begins and ends, as a share of the side that it follows."""
@@ -52,6 +52,19 @@ def render(
 
     seed: of all that scenes leave open, such as where a thing begins and how fast it is.
     """
+    return render_with_cover(scenes, height=height, width=width, num_frames=num_frames, seed=seed, device=device)[0]
+
+
+def render_with_cover(
+    scenes: Sequence[Scene],
+    *,
+    height: int,
+    width: int,
+    num_frames: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `render` makes, and how much of each pixel things cover: [B, num_frames, height, width] in 0 to 1."""
     rng = random.Random(seed)
     backgrounds = [scene.background for scene in scenes]
     textures = [_draw_texture(background.pattern, rng) for background in backgrounds]
@@ -62,6 +75,7 @@ def render(
     x, y = (place.to(device, non_blocking=True) for place in _grid(height, width))
     x, y = x * views[..., 2] + views[..., 0], y * views[..., 2] + views[..., 1]  # [B, T, 1, W] and [B, T, H, 1]
     picture = _behind(backgrounds, textures, x, y)
+    covers = torch.zeros_like(picture[:, 0])
 
     tracks = _tracks(paths, num_frames).to(device, non_blocking=True)
     colours = _colours([thing.colour for _, _, thing in things]).to(device, non_blocking=True)
@@ -73,9 +87,10 @@ def render(
         if kind in alike:
             chosen = alike[kind]
             clip, track = clips[chosen], _track(tracks[chosen])
-            cover = _cover(kind[1], track, x[clip], y[clip], sides=sides, pixel=pixel[clip]).unsqueeze(1)
-            picture[clip] = torch.lerp(picture[clip], colours[chosen], cover)
-    return picture.mul_(2.0).sub_(1.0)
+            cover = _cover(kind[1], track, x[clip], y[clip], sides=sides, pixel=pixel[clip])
+            picture[clip] = torch.lerp(picture[clip], colours[chosen], cover.unsqueeze(1))
+            covers[clip] = torch.maximum(covers[clip], cover)
+    return picture.mul_(2.0).sub_(1.0), covers
 
 
 def to_uint8(clips: torch.Tensor) -> torch.Tensor:

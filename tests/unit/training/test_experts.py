@@ -99,6 +99,7 @@ def clips(count: int, frames: int, side: int) -> Clips:
         latents=torch.randn(count, 16, frames, side, side, generator=generator),
         tokens=numbers.view(count, 2, -1).short(),
         mask=mask.view(count, 2, -1).short(),
+        near=torch.zeros(count, frames, side, side),
     )
 
 
@@ -179,6 +180,29 @@ def test_a_given_frame_has_no_error() -> None:
     assert error(torch.tensor([False, False])) == pytest.approx(100.0**2 / 3)
     assert error(torch.tensor([True, False])) == pytest.approx(100.0**2 / 5)
     assert error(None) == pytest.approx(100.0**2 / 3)
+
+
+def test_errors_where_things_are_count_more() -> None:
+    """And those of the last details less, but none of them nothing."""
+    some = clips(4, 2, 4)
+    some = replace(some, near=some.near.index_fill(1, torch.tensor([0]), 1.0))
+    lessons = lessons_of("t2v-low", some)
+    shown: list[torch.Tensor] = []
+
+    def wrong_about(frame: int) -> float:
+        def answer(
+            noisy: torch.Tensor, timestep: torch.Tensor, _: torch.Tensor, return_dict: bool
+        ) -> tuple[torch.Tensor]:
+            shown.append(timestep)
+            return (torch.zeros_like(noisy).index_fill(2, torch.tensor([frame]), 100.0),)
+
+        generator = torch.Generator().manual_seed(1)
+        return float(lessons.loss(answer, num_tokens=64, generator=generator)["total"])  # type: ignore[arg-type]
+
+    assert wrong_about(0) == pytest.approx(9 * wrong_about(1), rel=0.01)
+    assert torch.equal(shown[0], shown[1])
+    even = experts._weights(torch.zeros(3, 2, 4, 4), torch.tensor([0.1, 0.4, 0.9]))
+    assert even.amax((1, 2, 3)).tolist() == even.amin((1, 2, 3)).tolist() == pytest.approx([0.25, 1.0, 1.0])
 
 
 def test_it_learns() -> None:

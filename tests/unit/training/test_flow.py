@@ -71,6 +71,27 @@ def test_the_loss_is_that_of_the_slope() -> None:
     assert torch.allclose(noisy[1], 0.2 * latents[1] + 0.8 * noise[1], atol=1e-6)
 
 
+def test_weights_are_of_places() -> None:
+    """Where a weight is nothing, no error counts; the rest keeps its mean."""
+    latents = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+    text, levels = torch.zeros(2, 3, 8), torch.tensor([0.3, 0.8])
+
+    def wrong_in_one_frame(*_: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        return ((noise - latents).index_fill(2, torch.tensor([1]), 0.0),)
+
+    def of(weights: torch.Tensor | None) -> float:
+        generator = torch.Generator().manual_seed(5)
+        return float(
+            loss(wrong_in_one_frame, latents, text, levels, generator=generator, weights=weights)  # type: ignore[arg-type]
+        )
+
+    everywhere = torch.full((2, 2, 4, 4), 3.0)
+    there = everywhere.index_fill(1, torch.tensor([0]), 0.0)
+    assert of(everywhere) == pytest.approx(of(None)) and of(there) == pytest.approx(2 * of(None))
+    assert of(everywhere.index_fill(1, torch.tensor([1]), 0.0)) == 0.0
+
+
 def test_an_expert_learns() -> None:
     """Sixty steps on one latent video lower the loss by half."""
     expert = tiny_expert()

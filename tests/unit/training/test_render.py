@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.render import distance, render, to_uint8
+from training.latents import near_things
+from training.render import distance, render, render_with_cover, to_uint8
 from training.world import RGB, Background, Camera, Motion, Pattern, Scene, Shape, Size, Thing, draw_scene
 
 PLAIN = Background(pattern=Pattern.PLAIN, colours=("grey",))
@@ -129,3 +130,22 @@ def test_the_camera_moves_everything(camera: Camera) -> None:
     moved, scaled = float(centres[-1] - centres[0]), float(red[-1].sum() / red[0].sum())
     assert {Camera.PAN_LEFT: moved > 30, Camera.PAN_RIGHT: moved < -30}.get(camera, abs(moved) < 20)
     assert {Camera.ZOOM_IN: scaled > 3, Camera.ZOOM_OUT: scaled < 1 / 3}.get(camera, 0.9 < scaled < 1.1)
+
+
+def test_what_is_near_a_thing() -> None:
+    """Places of the latents that a thing touches in any of their frames, and those beside; none far away."""
+    _, cover = render_with_cover([scene(Motion.RIGHT)], height=96, width=128, num_frames=25, seed=3)
+    near = near_things(cover)
+    assert near.shape == (1, 7, 12, 16) and near.amax() == 1.0 and near.amin() == 0.0
+    touched = cover[:, [0]] > 0.5
+    assert (near[:, [0]].repeat_interleave(8, 2).repeat_interleave(8, 3)[touched] > 0.5).all()
+    later = cover[0, 1:5].amax(0) > 0.5
+    assert (near[0, 1].repeat_interleave(8, 0).repeat_interleave(8, 1)[later] > 0.5).all()
+    rows = near[0].amax(0).amax(1) > 0
+    assert rows.sum() < 12, "it stays at one height"
+
+
+def test_cover_is_what_is_seen_of_things() -> None:
+    """By the share of red on grey."""
+    clips, cover = render_with_cover([scene(Motion.GROW)], height=96, width=96, num_frames=17, seed=1)
+    assert torch.allclose(cover[0].sum((1, 2)), covered(clips[0]), rtol=0.01)

@@ -122,7 +122,7 @@ def test_a_channel_that_says_nothing() -> None:
     latents = torch.randn(4, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     latents *= torch.tensor([4.0, 1.0, 0.0]).view(1, 3, 1, 1, 1)
     nothing = torch.zeros(4, 1, 48, dtype=torch.int16)
-    _, deviation = statistics([Clips(latents=latents + 5.0, tokens=nothing, mask=nothing)])
+    _, deviation = statistics([Clips(latents=latents + 5.0, tokens=nothing, mask=nothing, near=nothing)])
     assert deviation[0] == pytest.approx(4.0, rel=0.1)
     assert deviation[2] == pytest.approx(deviation[0] / 100)
 
