@@ -8,6 +8,14 @@
     python -m training expert  --run DIR --role t2v-high --first base --seconds 150
     python -m training model   --run DIR --task t2v --out CHECKPOINT
     python -m training score   --model CHECKPOINT --sheet sheet.webp
+    python -m training lora    --run DIR --model CHECKPOINT --seconds 60
+    python -m training package --t2v CHECKPOINT --ti2v CHECKPOINT --out wan_tiny
+
+To go on from the weights of the package, in a new directory:
+
+    python -m training unpack  --run DIR
+    python -m training latents --run DIR
+    python -m training expert  --run DIR --role ti2v --first ti2v --seconds 600
 
 A stage that was interrupted goes on where it stopped; one that is done does nothing.
 """
@@ -21,44 +29,57 @@ from pathlib import Path
 
 import torch
 
-from training import assemble, stages
+from training import assemble, lora, stages
 from training.experts import ROLES
 from training.generate import generator_of
-from training.latents import SIZES
+from training.latents import SIZES, Size
 from training.loop import Plan
 from training.score import Score, examine
+from training.served import served_by
 from training.sheet import sheet
 from wan_grpc.domain.variants import Task
+from wan_grpc.pipeline import embedded
 
-_RATES = {"text": 2e-3, "vae": 1e-3, "expert": 1.5e-3}
-_WARM_UP = {"text": 100, "vae": 300, "expert": 100}
+_RATES = {"text": 2e-3, "vae": 1e-3, "expert": 1.5e-3, "lora": 3e-3}
+_WARM_UP = {"text": 100, "vae": 300, "expert": 100, "lora": 50}
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Do what the command line says; what is wrong with its files ends the process with a sentence."""
     options = _read(arguments)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = options.is_training
-    options.do(options)
+    try:
+        options.do(options)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"training: {error}") from error
 
 
-def _read(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+class _Commands:
+    """What the commands of one parser have in common."""
 
-    def command(name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-        each = commands.add_parser(name)
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._commands = parser.add_subparsers(required=True)
+
+    def tool(self, name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        """One that computes nothing."""
+        each = self._commands.add_parser(name)
         each.set_defaults(do=do, is_training=False)
+        return each
+
+    def command(self, name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        each = self.tool(name, do)
         each.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
         return each
 
-    def stage(name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-        each = command(name, do)
+    def stage(self, name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        each = self.command(name, do)
         each.add_argument("--run", type=Path, required=True, help="directory in which all stages keep what they make")
         return each
 
-    def trained(name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-        each = stage(name, do)
+    def trained(self, name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        each = self.stage(name, do)
         each.set_defaults(is_training=True, is_orthogonal=name == "expert")
         length = each.add_mutually_exclusive_group(required=True)
         length.add_argument("--steps", type=int)
@@ -68,24 +89,51 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
         each.add_argument("--average", type=float, default=0.999)
         return each
 
-    trained("text", lambda options: stages.train_text(_work(options), _plan(options)))
-    vae = trained("vae", lambda o: stages.train_vae(_work(o), _plan(o), num_clips=o.num_clips, scale=o.scale))
+
+def _read(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = _Commands(parser)
+    _add_stages(commands)
+    _add_uses(commands)
+    return parser.parse_args(arguments)
+
+
+def _add_stages(commands: _Commands) -> None:
+    commands.trained("text", lambda options: stages.train_text(_work(options), _plan(options)))
+    vae = commands.trained("vae", lambda o: stages.train_vae(_work(o), _plan(o), num_clips=o.num_clips, scale=o.scale))
     vae.add_argument("--num-clips", type=int, default=16, help="of a batch, of the smallest size")
     vae.add_argument("--scale", type=float, default=1.0, help="of the number of clips that are drawn")
-    judged = stage("judge-vae", lambda o: _say(stages.judge_vae(_work(o), count=o.count)))
+    judged = commands.stage("judge-vae", lambda o: _say(stages.judge_vae(_work(o), count=o.count)))
     judged.add_argument("--count", type=int, default=100)
-    latents = stage("latents", lambda o: stages.make_latents(_work(o), counts=tuple(o.counts)))
+    latents = commands.stage("latents", lambda o: stages.make_latents(_work(o), counts=tuple(o.counts)))
     latents.add_argument("--counts", type=int, nargs=len(SIZES), default=[32768, 24576, 8192])
-    expert = trained("expert", _train_expert)
+    expert = commands.trained("expert", _train_expert)
     expert.add_argument("--role", choices=sorted(ROLES), required=True)
     expert.add_argument("--first", choices=sorted(ROLES), help="the role whose expert it begins as")
     expert.add_argument("--num-tokens", type=int, default=46080, help="of a batch")
     expert.add_argument("--compile", action="store_true", help="its blocks, which takes a minute and then saves time")
-    model = stage("model", lambda o: assemble.assemble(_work(o), Task(o.task), o.out))
+
+
+def _add_uses(commands: _Commands) -> None:
+    model = commands.stage("model", lambda o: assemble.assemble(_work(o), Task(o.task), o.out))
     model.add_argument("--task", choices=[task.value for task in assemble.EXPERTS], required=True)
     model.add_argument("--out", type=Path, required=True)
-    scored = command("score", _score)
-    scored.add_argument("--model", type=Path, required=True)
+    styled = commands.trained("lora", _train_lora)
+    styled.add_argument("--model", required=True, help="checkpoint of --task t2v, or wan-tiny-t2v")
+    styled.add_argument("--size", choices=[str(size) for size in SIZES], default=str(SIZES[1]))
+    styled.add_argument("--count", type=int, default=2048, help="clips that are shown")
+    styled.add_argument("--num-tokens", type=int, default=23040, help="of a batch")
+    package = commands.tool("package", _package)
+    for task in assemble.EXPERTS:
+        package.add_argument(f"--{task.value}", type=Path, required=True, help="its checkpoint")
+    package.add_argument("--out", type=Path, required=True, help="an empty or new directory")
+    unpacked = commands.stage("unpack", lambda o: assemble.unpack(o.packaged, _work(o)))
+    unpacked.add_argument("--packaged", type=Path, default=embedded.FILES, help="what `package` has written")
+    scored = commands.command("score", _score)
+    scored.add_argument("--model", required=True, help="checkpoint, or the name of an embedded one")
+    scored.add_argument("--served", action="store_true", help="by the server's own pipeline, one at a time")
     scored.add_argument("--count", type=int, default=100)
     scored.add_argument("--at-once", type=int, default=50)
     scored.add_argument("--steps", type=int, default=20)
@@ -93,7 +141,6 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
     scored.add_argument("--size", choices=[str(size) for size in SIZES], default=str(SIZES[1]))
     scored.add_argument("--sheet", type=Path, help="picture of the first answers")
     scored.add_argument("--out", type=Path, help="JSON file with every verdict")
-    return parser.parse_args(arguments)
 
 
 def _work(options: argparse.Namespace) -> stages.Work:
@@ -122,21 +169,47 @@ def _train_expert(options: argparse.Namespace) -> None:
     )
 
 
+def _train_lora(options: argparse.Namespace) -> None:
+    lora.train(
+        _checkpoint(options.model),
+        options.run,
+        _plan(options),
+        size=_size(options.size),
+        count=options.count,
+        num_tokens=options.num_tokens,
+        device=options.device,
+    )
+
+
+def _package(options: argparse.Namespace) -> None:
+    assemble.package({task: getattr(options, task.value) for task in assemble.EXPERTS}, options.out)
+
+
+def _checkpoint(model: str) -> Path:
+    return Path(embedded.resolved(model, Path("~/.cache/wan-grpc").expanduser()))
+
+
+def _size(name: str) -> Size:
+    return next(size for size in SIZES if str(size) == name)
+
+
 def _say(score: Score) -> None:
     sys.stdout.write(f"{score}\n")
 
 
 def _score(options: argparse.Namespace) -> None:
-    size = next(each for each in SIZES if str(each) == options.size)
-    generate = generator_of(
-        options.model,
-        options.device,
-        width=size.width,
-        height=size.height,
-        num_frames=size.num_frames,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-    )
+    size = _size(options.size)
+    settings = {
+        "width": size.width,
+        "height": size.height,
+        "num_frames": size.num_frames,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+    }
+    if options.served:
+        generate = served_by(_checkpoint(options.model), device=str(options.device), **settings)
+    else:
+        generate = generator_of(_checkpoint(options.model), options.device, **settings)
     total, answers = examine(generate, options.count, at_once=options.at_once)
     _say(total)
     if options.sheet is not None:

@@ -48,7 +48,8 @@ def loss(
 
     has_image: [B], whether the first latent frame is given. It is then without noise, at level 0, and has no error; and
     the expert is told the level of each token, as in TI2V-5B. None: one level a clip.
-    weights: of places, [B, t, h, w]. They change what is learned first, not what is right: that is the same at each.
+    weights: of places, [B, t, h, w]. They change what is learned first, not what is right: the answer that minimises
+    the error of a place does not depend on its weight.
     """
     noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     is_given = torch.zeros_like(latents[:, :1], dtype=torch.bool)

@@ -13,9 +13,16 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from training.score import Generate
 
 
-def generator_of(directory: Path, device: torch.device, **settings: Any) -> Generate:
-    """What generates with the checkpoint in `directory`; settings: of the call, such as num_inference_steps."""
+def generator_of(
+    directory: Path, device: torch.device, *, prepare: Callable[[WanPipeline], None] | None = None, **settings: Any
+) -> Generate:
+    """What generates with the checkpoint in `directory`; settings: of the call, such as num_inference_steps.
+
+    prepare: what is done to the pipeline first, such as loading adapters.
+    """
     pipeline = _load(WanPipeline, directory, device)
+    if prepare is not None:
+        prepare(pipeline)
 
     def generate(captions: list[str], seeds: list[int]) -> list[torch.Tensor]:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]

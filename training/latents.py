@@ -4,9 +4,10 @@ Knows sizes of clips and how latents are normalised. Does not know experts.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from training.render import render, render_with_cover
 from training.text import Words
 from training.world import Scene, caption, draw_scene
 
+Style: TypeAlias = Callable[[list[Scene], torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of scenes, their clips and how much things cover of them, other clips."""
 NUM_TOKENS: Final = 48
 """More than the longest caption has."""
 _NUM_CAPTIONS: Final = 4
@@ -80,13 +83,24 @@ def pixels(scenes: list[Scene], size: Size, *, seed: int, device: torch.device) 
 
 
 @torch.no_grad()
-def make_clips(vae: AutoencoderKLWan, size: Size, count: int, *, seed: int) -> Clips:
-    """Draw, render and encode; latents as the VAE has them, in half precision."""
+def make_clips(
+    vae: AutoencoderKLWan,
+    size: Size,
+    count: int,
+    *,
+    seed: int,
+    draw: Callable[[int, random.Random], list[Scene]] = draw_scenes,
+    style: Style | None = None,
+) -> Clips:
+    """Draw, render and encode; latents as the VAE has them, in half precision.
+
+    style: what becomes of what was drawn.
+    """
     rng, words = random.Random(seed), Words(num_tokens=NUM_TOKENS)
     latents, tokens, masks, near = [], [], [], []
     at_once = max(1, _AT_ONCE // size.num_pixels)
     for first in range(0, count, at_once):
-        scenes = draw_scenes(min(at_once, count - first), rng)
+        scenes = draw(min(at_once, count - first), rng)
         clips, cover = render_with_cover(
             scenes,
             height=size.height,
@@ -95,6 +109,8 @@ def make_clips(vae: AutoencoderKLWan, size: Size, count: int, *, seed: int) -> C
             seed=rng.randrange(2**31),
             device=vae.device,
         )
+        if style is not None:
+            clips = style(scenes, clips, cover)
         near.append(near_things(cover).half())
         with vaes.whole_clips(vae), vaes.precision(vae.device):
             mean, _ = vaes.encode(vae, clips)
@@ -102,9 +118,7 @@ def make_clips(vae: AutoencoderKLWan, size: Size, count: int, *, seed: int) -> C
         numbers, mask = words.tokens([caption(scene, rng) for scene in scenes for _ in range(_NUM_CAPTIONS)])
         tokens.append(numbers.to(torch.int16).view(len(scenes), _NUM_CAPTIONS, -1))
         masks.append(mask.to(torch.int16).view(len(scenes), _NUM_CAPTIONS, -1))
-    return Clips(
-        latents=torch.cat(latents), tokens=torch.cat(tokens), mask=torch.cat(masks), near=torch.cat(near)
-    )
+    return Clips(latents=torch.cat(latents), tokens=torch.cat(tokens), mask=torch.cat(masks), near=torch.cat(near))
 
 
 def near_things(cover: torch.Tensor) -> torch.Tensor:
@@ -114,7 +128,7 @@ def near_things(cover: torch.Tensor) -> torch.Tensor:
     """
     places = F.max_pool2d(cover, 8)
     first, others = places[:, :1], places[:, 1:]
-    frames = torch.cat([first, others.unflatten(1, (-1, 4)).amax(2)], dim=1)
+    frames = torch.cat([first, others.reshape(len(others), -1, 4, *others.shape[2:]).amax(2)], dim=1)
     return F.max_pool2d(frames, 3, stride=1, padding=1)
 
 
@@ -129,7 +143,9 @@ def statistics(every: list[Clips]) -> tuple[list[float], list[float]]:
 
 def save(every: dict[Size, Clips], mean: list[float], deviation: list[float], path: Path) -> None:
     """One file."""
-    body = {str(size): (clips.latents.cpu(), clips.tokens, clips.mask, clips.near.cpu()) for size, clips in every.items()}
+    body = {
+        str(size): (clips.latents.cpu(), clips.tokens, clips.mask, clips.near.cpu()) for size, clips in every.items()
+    }
     scratch = path.with_suffix(".new")
     torch.save({"mean": mean, "deviation": deviation, "clips": body}, scratch)
     scratch.replace(path)

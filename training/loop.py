@@ -163,7 +163,8 @@ class Training:
 
 
 def _optimizers(model: nn.Module, plan: Plan, *, is_fused: bool) -> list[torch.optim.Optimizer]:
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_of_muon = plan.is_orthogonal and parameter.ndim == 2 and name.startswith("blocks.")
         (matrices if is_of_muon else others).append(parameter)
@@ -172,6 +173,19 @@ def _optimizers(model: nn.Module, plan: Plan, *, is_fused: bool) -> list[torch.o
         torch.optim.AdamW(others, lr=plan.rate, betas=(0.9, 0.99), weight_decay=decay, fused=is_fused)
     ]
     return [*made, Muon(matrices, lr=plan.rate, weight_decay=decay)] if matrices else made
+
+
+def leave(model: nn.Module, directory: Path) -> None:
+    """Write the weights of `model` as a stage that was trained in `directory` leaves them.
+
+    Raises:
+        FileExistsError: one was, and would go on from its own.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in (_STATE, _AVERAGE):
+        if (directory / name).exists():
+            raise FileExistsError(f"{directory} has a {name} already")
+    torch.save(model.state_dict(), directory / _AVERAGE)
 
 
 def finished(model: Model, directory: Path, *, device: torch.device) -> Model:

@@ -6,7 +6,7 @@ too many: on a GPU it would wait for their hundreds of little products.
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
@@ -25,26 +25,26 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One step along the momentum of the gradients. closure: torch's; none is called."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step along the momentum of the gradients."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            alike: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
             for matrix in group["params"]:
                 alike[matrix.shape].append(matrix)
             for shape, matrices in alike.items():
                 rate = group["lr"] * _LIKE_ADAM * max(shape) ** 0.5
                 steps = orthogonal(self._with_momentum(matrices))
-                torch._foreach_mul_(matrices, 1.0 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, list(steps.unbind()), alpha=-rate)
+                torch._foreach_mul_(list(matrices), 1.0 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(list(matrices), list(steps.unbind()), alpha=-rate)
 
-    def _with_momentum(self, matrices: list[nn.Parameter]) -> torch.Tensor:
+    def _with_momentum(self, matrices: list[torch.Tensor]) -> torch.Tensor:
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         assert len(gradients) == len(matrices), "each takes part in every step"
         momenta = [self._momentum(matrix) for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1.0 - _MOMENTUM)
         return torch.stack(gradients).lerp(torch.stack(momenta), _MOMENTUM)
 
-    def _momentum(self, matrix: nn.Parameter) -> torch.Tensor:
+    def _momentum(self, matrix: torch.Tensor) -> torch.Tensor:
         state = self.state[matrix]
         if not state:
             state["momentum"] = torch.zeros_like(matrix)
@@ -53,12 +53,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """[N, n, m], each about the nearest matrix whose singular values are all alike, between 0.7 and 1.2.
+    """[N, n, m], each about the nearest matrix whose singular values are all 1.
 
-    A polynomial of five degrees, five times over, which needs products alone.
+    A polynomial of five degrees, five times over, which needs products alone. It takes all but the smallest values to
+    between 0.7 and 1.2, and is exact in no case.
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.transpose(1, 2) if is_tall else matrices
+    x: torch.Tensor = matrices.transpose(1, 2) if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     one, three, five = _COEFFICIENTS
     for _ in range(_ITERATIONS):

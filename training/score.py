@@ -35,10 +35,12 @@ class Score:
 
 
 def questions(count: int, *, seed: int) -> list[tuple[Scene, str]]:
-    """Scenes of one thing before a fixed camera, in combinations that no training clip shows, with a caption each."""
-    rng = random.Random(seed)
-    scenes = [draw_scene(rng, held_out=True, alone=True) for _ in range(count)]
-    return [(scene, caption(scene, rng)) for scene in scenes]
+    """Scenes of one thing before a fixed camera, in combinations that no training clip shows, with a caption each.
+
+    Each depends on its own number alone, so that fewer are the first of more.
+    """
+    rngs = [random.Random(f"{seed}/{index}") for index in range(count)]
+    return [(scene := draw_scene(rng, held_out=True, alone=True), caption(scene, rng)) for rng in rngs]
 
 
 def examine(

@@ -38,7 +38,7 @@ class Work:
 
 def train_text(work: Work, plan: Plan) -> None:
     """The text encoder, by reading captions."""
-    model = on(work.device, _reading())
+    model = on(work.device, untrained_text())
     words = Words(num_tokens=NUM_TOKENS)
     training = Training(model, work.directory / TEXT, plan)
     training.run(lambda generator: reading.loss(model, words, size=_TEXT_BATCH, generator=generator))
@@ -46,10 +46,11 @@ def train_text(work: Work, plan: Plan) -> None:
 
 def trained_text(work: Work) -> UMT5EncoderModel:
     """What `train_text` has made."""
-    return finished(_reading(), work.directory / TEXT, device=work.device).encoder
+    return finished(untrained_text(), work.directory / TEXT, device=work.device).encoder
 
 
-def _reading() -> reading.Reading:
+def untrained_text() -> reading.Reading:
+    """The text encoder and its reader before they have learned anything."""
     return reading.Reading(make_text_model(seed=_SEED))
 
 

@@ -32,15 +32,14 @@ from wan_grpc.engine.intake import Intake
 from wan_grpc.engine.joining import Hosts
 from wan_grpc.engine.links import Endpoint, read_secret
 from wan_grpc.engine.watchdog import Patience
-from wan_grpc.pipeline.checkpoint import Checkpoint, locate, read_card
+from wan_grpc.pipeline import embedded
+from wan_grpc.pipeline.checkpoint import DUMMY, Checkpoint, locate, read_card
 from wan_grpc.pipeline.prompt import token_counter
-from wan_grpc.pipeline.tiny import ensure_tiny_model
 from wan_grpc.rpc.server import RpcServer, ServerOptions, build_server
 from wan_grpc.store.artifacts import Spool
 from wan_grpc.telemetry import logs
 from wan_grpc.telemetry.metrics import Metrics, MetricsServer
 
-EMBEDDED: Final = "embedded"
 _NUM_AHEAD: Final = 1
 """Generations that are handed to the engine beside those that its replicas compute: the last one may yet be encoded."""
 _TOPOLOGY_FLAGS: Final = {
@@ -174,13 +173,15 @@ def find_model(settings: RankSettings) -> tuple[Checkpoint, ModelCard]:
     Raises:
         UnusableModelError: it cannot be had or cannot be served.
     """
-    path = settings.model_path
-    if path is None:
-        log.warning("NO --model-path: serving the tiny embedded model. It knows nothing, its videos are noise.")
-        path = str(ensure_tiny_model(settings.cache_dir.expanduser()))
-    checkpoint = locate(path, load_format=settings.load_format)
+    name = embedded.DEFAULT if settings.model_path is None else settings.model_path
+    if settings.model_path is None:
+        log.warning("NO --model-path: serving the small embedded model, which knows coloured shapes in motion alone")
+    found = locate(embedded.resolved(name, settings.cache_dir.expanduser()), load_format=settings.load_format)
+    checkpoint = replace(found, model_path=name)
     limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
-    card = read_card(checkpoint, model_id=settings.model_path or EMBEDDED, limits=limits)
+    card = replace(read_card(checkpoint, model_id=name, limits=limits), embedded=embedded.is_embedded(name))
+    if settings.load_format == DUMMY:  # random weights know no words, and nobody takes them for a model that does
+        card = replace(card, embedded=False, words=frozenset())
     return checkpoint, _offer(card, settings)
 
 

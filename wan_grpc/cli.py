@@ -47,7 +47,7 @@ _COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "generate": "generate videos without a server",
         "join": "lend a rank of this host to a server on another host",
         "models": "print what a running server can do",
-        "make-tiny-model": "write a tiny checkpoint to a directory",
+        "make-tiny-model": "write a tiny checkpoint with random weights to a directory",
         "version": "print the version",
     }
 )
@@ -270,6 +270,7 @@ def _join(settings: "JoinSettings") -> int:
         local_rank=local_rank,
         num_local=num_local,
         model_path=settings.model_path,
+        cache_dir=settings.cache_dir.expanduser(),
     )
     try:
         stay_joined(place, give_up_after_s=settings.give_up_after_s)

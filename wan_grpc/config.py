@@ -158,7 +158,8 @@ class RankSettings(Settings):
 
     model_path: str | None = _setting(
         None,
-        "directory in the published diffusers layout, or a hub id; unset: a tiny embedded model that knows nothing",
+        "directory in the published diffusers layout, a hub id, or an embedded model: wan-tiny-t2v, wan-tiny-ti2v; "
+        "unset: wan-tiny-t2v",
         group="model and ranks",
     )
     load_format: Literal["auto", "dummy"] = _setting(
@@ -264,7 +265,7 @@ class RankSettings(Settings):
         group="defaults of a request",
     )
     cache_dir: ExpandedPath = _setting(
-        Path("~/.cache/wan-grpc"), "directory in which the embedded model is kept once it is made", group="storage"
+        Path("~/.cache/wan-grpc"), "directory in which an embedded model is put together", group="storage"
     )
     spool_dir: ExpandedPath | None = _setting(
         None, "directory for videos and frames in the making; unset: the system's for temporary files", group="storage"
@@ -416,8 +417,11 @@ class JoinSettings(Settings):
     )
     model_path: str | None = _setting(
         None,
-        "where this host has the checkpoint; unset: under the path or hub id that the server has it from",
+        "where this host has the checkpoint; unset: under the path, the hub id or the name that the server has it from",
         group="ranks",
+    )
+    cache_dir: ExpandedPath = _setting(
+        Path("~/.cache/wan-grpc"), "directory in which an embedded model is put together", group="ranks"
     )
     give_up_after_s: SecondsOrNone = _setting(
         600.0, "end when the server cannot be reached for this time", group="server"
@@ -452,7 +456,7 @@ class MakeTinyModelSettings(Settings):
     directory: CliPositionalArg[ExpandedPath] = Field(description="a new or empty directory")
     task: Literal["t2v", "i2v", "ti2v"] = _setting(
         "t2v",
-        "of the model: t2v is the embedded one, i2v makes videos from images, ti2v from text with or without an image",
+        "of the model: t2v makes videos from text, i2v from images, ti2v from text with or without an image",
         group="model",
     )
 

@@ -7,13 +7,14 @@ import pytest_asyncio
 
 from tests.distributed.live import FOUR, PAIR, Live, live_ranks
 from wan_grpc.engine.group import prepare_forkserver
-from wan_grpc.pipeline.tiny import ensure_tiny_model
+from wan_grpc.pipeline.tiny import make_tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded checkpoint, made in a process of its own."""
-    return ensure_tiny_model(tmp_path_factory.mktemp("model"))
+    """A checkpoint with random weights."""
+    make_tiny_model(directory := tmp_path_factory.mktemp("model") / "tiny")
+    return directory
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -51,6 +51,10 @@ def test_wheel_holds_what_it_should(wheel: Path) -> None:
         "wan_grpc_client/py.typed",
         "wan_grpc_client/client.py",
     }
+    wanted |= {
+        str(path.relative_to(ROOT)) for path in (ROOT / "wan_grpc/pipeline/wan_tiny").rglob("*") if path.is_file()
+    }
+    assert any(name.endswith(".safetensors") for name in wanted) and wheel.stat().st_size < 20e6
     top = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert (wanted - set(names), top) == (set(), {"wan_grpc", "wan_grpc_client"})
 

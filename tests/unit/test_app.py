@@ -18,9 +18,10 @@ from wan_grpc.config import GenerateSettings, ServeSettings, UsageError
 from wan_grpc.domain.errors import UnusableModelError
 from wan_grpc.domain.request import GenerationRequest
 from wan_grpc.domain.topology import Topology
-from wan_grpc.domain.variants import Defaults, Limits
+from wan_grpc.domain.variants import Defaults, Limits, Task
 from wan_grpc.engine.group import GroupPlan
 from wan_grpc.pipeline.published import T2V_A14B_ID, TI2V_5B_ID
+from wan_grpc.pipeline.tiny import make_tiny_model
 
 
 def settings(**values: Any) -> ServeSettings:
@@ -34,6 +35,31 @@ def defaults(**values: Any) -> Defaults:
 
 def negative_prompt(path: Path, **values: Any) -> str:
     return defaults(default_negative_prompt_file=path, **values).negative_prompt
+
+
+@pytest.mark.parametrize("name", [None, "wan-tiny-t2v", "wan-tiny-ti2v"])
+def test_embedded_models_are_found_by_name(name: str | None, tmp_path: Path) -> None:
+    """Under the name that was given, or the default one; their words are known, with random weights they are not."""
+    checkpoint, card = find_model(ServeSettings(model_path=name, cache_dir=tmp_path))
+    called = name or "wan-tiny-t2v"
+    assert (checkpoint.model_path, card.model_id, card.task) == (called, called, Task(called.removeprefix("wan-tiny-")))
+    assert card.embedded and "triangle" in card.words
+    _, random = find_model(ServeSettings(model_path=name, cache_dir=tmp_path, load_format="dummy"))
+    assert random == replace(card, embedded=False, words=frozenset())
+
+
+def test_a_directory_like_an_embedded_model_is_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands where the server starts, under the same name."""
+    make_tiny_model(tmp_path / "wan-tiny-ti2v")
+    monkeypatch.chdir(tmp_path)
+    _, card = find_model(ServeSettings(model_path="wan-tiny-ti2v", cache_dir=tmp_path / "cache"))
+    assert (card.task, card.embedded) == (Task.TEXT_TO_VIDEO, False)
+
+
+def test_an_empty_path_is_no_model() -> None:
+    """Such as that of a variable that is not set; nobody wants the embedded model then."""
+    with pytest.raises(UnusableModelError):
+        find_model(ServeSettings(model_path=""))
 
 
 def test_limits_are_those_of_the_settings() -> None:

@@ -55,7 +55,7 @@ class ModelCard:
     """What one loaded model can do: the answer of GetModel, and what requests are checked against."""
 
     model_id: str
-    """As the operator named it: a directory, a hub id, or `embedded`."""
+    """As the operator named it: a directory, a hub id, or the name of an embedded model."""
     task: Task
     defaults: Defaults
     limits: Limits
@@ -67,7 +67,9 @@ class ModelCard:
     """num_frames is 1 more than a multiple of this."""
     max_text_tokens: int = 512
     embedded: bool = False
-    """True for the tiny model that is made on the spot and knows nothing."""
+    """True for a small model that comes with the package and knows coloured shapes in motion alone."""
+    words: frozenset[str] = frozenset()
+    """All that it was trained on, in lower case, if those are so few that others are worth a warning; else empty."""
     sizes: tuple[tuple[int, int], ...] = field(default=())
     """Recommended (width, height) pairs; others that fit the rules work too."""
     formats: tuple[OutputFormat, ...] = tuple(OutputFormat)

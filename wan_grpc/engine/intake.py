@@ -4,7 +4,9 @@ Knows images, prompts and the model's rules. Does not know queues or generations
 """
 
 import hashlib
+import re
 import secrets
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -17,6 +19,10 @@ from wan_grpc.media.image import Picture, read_picture
 
 CountTokens = Callable[[str], int]
 """Tokens of a prompt as the model's tokenizer makes them, its end included."""
+_WORD: Final = re.compile(r"\w+")
+_TOLD_WORDS: Final = 5
+_LONG_WORD: Final = 40
+"""Characters, after which a word is cut in a warning."""
 QUICK_TEXT_BYTES: Final = 2048
 """What is cleaned and counted in a few milliseconds at worst."""
 MOST_EXPANSION: Final = 11
@@ -82,6 +88,7 @@ class Intake:
         for field, text in (("spec.prompt", video.prompt), ("spec.negative_prompt", video.negative_prompt)):
             if self._may_be_too_long(text):
                 yield from self._length_warnings(field, text)
+        yield from self._word_warnings(video.prompt)
         if request.negative_prompt and video.guidance_scale <= 1.0:
             yield "spec.negative_prompt: of no effect, since a guidance_scale of 1.0 or less runs no unconditional pass"
         if video.num_frames == 1 and video.image_sha256 and not self._card.needs_image:
@@ -91,6 +98,20 @@ class Intake:
         num_tokens, most = self._count_tokens(text), self._card.max_text_tokens
         if num_tokens > most:
             yield f"{field}: {num_tokens} tokens, of which the model reads the first {most}"
+
+    def _word_warnings(self, prompt: str) -> Iterator[str]:
+        """Of words that a model of few words was not trained on. It makes a video of them all the same."""
+        if not self._card.words:
+            return
+        words = dict.fromkeys(_WORD.findall(_plain(prompt)))
+        strange = [word for word in words if word not in self._card.words]
+        if strange:
+            told = ", ".join(_shortened(word) for word in strange[:_TOLD_WORDS])
+            others = f" and {len(strange) - _TOLD_WORDS} more" if len(strange) > _TOLD_WORDS else ""
+            yield (
+                f"spec.prompt: this small model was trained on {len(self._card.words)} words, and does not know {told}"
+                f"{others}"
+            )
 
     def _may_be_too_long(self, text: str) -> bool:
         """False for what cannot be: a token is at least one byte, but for those of the first word and of the end."""
@@ -105,6 +126,15 @@ def fingerprint(request: GenerationRequest) -> GenerationRequest:
 
 def _digest(data: bytes | None) -> bytes | None:
     return None if data is None else hashlib.sha256(data).digest()
+
+
+def _plain(text: str) -> str:
+    """Lower case without accents."""
+    return "".join(char for char in unicodedata.normalize("NFKD", text).lower() if not unicodedata.combining(char))
+
+
+def _shortened(word: str) -> str:
+    return word if len(word) <= _LONG_WORD else f"{word[:_LONG_WORD]}.."
 
 
 def _num_bytes(text: str) -> int:

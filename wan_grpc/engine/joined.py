@@ -32,6 +32,7 @@ from wan_grpc.engine.links import Endpoint
 from wan_grpc.engine.messages import Head, LoadFailed, RankConfig
 from wan_grpc.engine.shared import FrameRing, anonymous_file
 from wan_grpc.engine.watchdog import is_stopped
+from wan_grpc.pipeline import embedded
 from wan_grpc.pipeline.checkpoint import Checkpoint, locate
 from wan_grpc.pipeline.fingerprint import fingerprint
 
@@ -57,6 +58,8 @@ class Place:
     """How many ranks this host has."""
     model_path: str | None = None
     """Where this host has the checkpoint; None: where the server has it."""
+    cache_dir: Path
+    """Where embedded models are put together."""
 
 
 class NotTakenError(Exception):
@@ -240,7 +243,7 @@ def _own_checkpoint(place: Place, config: RankConfig, wanted: str) -> Checkpoint
     theirs = config.checkpoint
     is_here_too = theirs.directory is not None and Path(theirs.directory).is_dir()
     path = place.model_path or (theirs.directory if is_here_too else None) or theirs.model_path
-    own = locate(path, load_format=config.load_format)
+    own = locate(embedded.resolved(path, place.cache_dir), load_format=config.load_format)
     if fingerprint(own, load_format=config.load_format) != wanted:
         raise UnusableModelError(f"{path} is not the checkpoint that the server has")
     return own

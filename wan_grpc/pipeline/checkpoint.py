@@ -28,7 +28,7 @@ DUMMY: Final = "dummy"
 LOAD_FORMATS: Final = ("auto", DUMMY)
 DEFAULT_LIMITS: Final = Limits()
 EXTRA_NAME: Final = "wan_grpc.json"
-"""A file beside model_index.json in which a checkpoint may carry defaults of its own."""
+"""A file beside model_index.json in which a checkpoint may say its own `defaults` and the `words` that it knows."""
 _PUBLISHED: Final[Mapping[Task, tuple[Defaults, tuple[tuple[int, int], ...]]]] = {
     Task.TEXT_TO_VIDEO: (T2V_A14B, T2V_A14B_SIZES),
     Task.IMAGE_TO_VIDEO: (I2V_A14B, I2V_A14B_SIZES),
@@ -160,7 +160,7 @@ def read_card(checkpoint: Checkpoint, *, model_id: str, limits: Limits | None = 
         size_multiple=size_multiple,
         max_side=min(MAX_SIDE, num_positions * size_multiple),
         temporal_factor=temporal_factor,
-        embedded=extra.get("embedded", False) is True,
+        words=_words(checkpoint, extra),
         sizes=published_sizes if own_size in published_sizes else (own_size,),
         takes_last_image=task is Task.IMAGE_TO_VIDEO and (embeds_two or not checkpoint.embeds_images),
         needs_last_image=embeds_two,
@@ -195,6 +195,13 @@ def _own_defaults(checkpoint: Checkpoint, extra: Mapping[str, Any]) -> Mapping[s
             sentence = f"defaults.{name} is for two experts, and this model has one"
             raise UnusableModelError(f"{checkpoint.model_path}: {EXTRA_NAME}: {sentence}")
     return own
+
+
+def _words(checkpoint: Checkpoint, extra: Mapping[str, Any]) -> frozenset[str]:
+    words = extra.get("words", [])
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UnusableModelError(f"{checkpoint.model_path}: {EXTRA_NAME}: words is not a list of strings")
+    return frozenset(word.lower() for word in words)
 
 
 def _of_kind(checkpoint: Checkpoint, name: str, value: Any) -> Any:

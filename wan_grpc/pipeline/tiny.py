@@ -1,12 +1,8 @@
-"""Tiny checkpoints in the published layouts, small enough to be made on the spot; one of them is the embedded model.
+"""Tiny checkpoints with random weights in the published layouts, small enough to be made on the spot.
 
-Knows their configs and where the embedded one is kept. Imports no torch: the weights are made by tiny_weights, in a
-process of its own.
+Knows their configs. Imports no torch: the weights are made by tiny_weights.
 """
 
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +12,6 @@ from wan_grpc.domain.variants import Task
 from wan_grpc.pipeline.checkpoint import EXTRA_NAME
 from wan_grpc.pipeline.published import I2V_A14B_CONFIGS, T2V_A14B_CONFIGS, TI2V_5B_CONFIGS, Configs
 
-VERSION: Final = 1
-"""Raised whenever the files of the embedded model change, so that an older copy is not served."""
 TEXT_DIM: Final = 64
 IMAGE_DIM: Final = 32
 _NUM_HEADS: Final = 4
@@ -113,7 +107,7 @@ def tiny_configs(task: Task, *, with_image_encoder: bool = False) -> Configs:
     if with_image_encoder:
         _add_image_encoder(configs)
     defaults = {"fps": 8, "num_frames": 25, "num_inference_steps": 10, **_DEFAULTS[task]}
-    configs[EXTRA_NAME] = {"defaults": defaults, "embedded": True, "version": VERSION}
+    configs[EXTRA_NAME] = {"defaults": defaults}
     return configs
 
 
@@ -133,43 +127,3 @@ def _add_image_encoder(configs: dict[str, dict[str, Any]]) -> None:
         "transformer_2": [None, None],
     }
     configs.update({name: dict(config) for name, config in _IMAGE_ENCODER.items()})
-
-
-def ensure_tiny_model(cache_dir: Path) -> Path:
-    """The directory of the checkpoint under `cache_dir`, made on the first call. Safe for servers that start at once.
-
-    Raises:
-        UnusableModelError: it cannot be made there.
-    """
-    target = cache_dir / f"tiny-t2v-a14b-{VERSION}"
-    if target.is_dir():
-        return target
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{target.name}-", dir=cache_dir) as scratch:
-            _make_elsewhere(Path(scratch, "model"))
-            _publish(Path(scratch, "model"), target)
-    except OSError as error:
-        raise UnusableModelError(f"the embedded model cannot be made in {cache_dir}: {error}") from error
-    return target
-
-
-def _make_elsewhere(directory: Path) -> None:
-    """Make the model in a process of its own, so that the caller's stays free of torch."""
-    command = [sys.executable, "-m", "wan_grpc.pipeline.tiny", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise UnusableModelError(f"the embedded model could not be made: {done.stderr.strip()[-2000:]}")
-
-
-def _publish(made: Path, target: Path) -> None:
-    """Rename, which shows the model whole or not at all; whoever was faster made the same bytes."""
-    try:
-        made.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-
-
-if __name__ == "__main__":
-    make_tiny_model(Path(sys.argv[1]))

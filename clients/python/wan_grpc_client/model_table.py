@@ -34,7 +34,7 @@ def model_lines(answer: service_pb.GetModelResponse) -> Iterator[str]:
 
 def _facts(answer: service_pb.GetModelResponse) -> Iterator[tuple[str, str]]:
     model, deployment = answer.model, answer.deployment
-    yield "model", model.model_id + (" (random weights: its videos are noise)" if model.embedded else "")
+    yield "model", model.model_id + (" (embedded: knows coloured shapes in motion alone)" if model.embedded else "")
     yield "server", f"wan-grpc {answer.server_version}, {'ready' if deployment.ready else deployment.detail}"
     load = f"{deployment.num_running} running, {deployment.num_queued} waiting"
     yield "queue", f"{load}, room for {model.limits.max_queued}"

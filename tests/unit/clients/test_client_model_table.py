@@ -145,7 +145,11 @@ def test_everything_is_in_the_table() -> None:
 @pytest.mark.parametrize(
     ("answer", "name", "text"),
     [
-        (changed("model", embedded=True, modelId="tiny"), "model", "tiny (random weights: its videos are noise)"),
+        (
+            changed("model", embedded=True, modelId="wan-tiny-t2v"),
+            "model",
+            "wan-tiny-t2v (embedded: knows coloured shapes in motion alone)",
+        ),
         (changed("deployment", ready=False, detail="no ranks yet"), "server", "wan-grpc 0.1.0, no ranks yet"),
         (changed("deployment", device=""), "device", "not known before the ranks are ready"),
         (changed("deployment", rankMemory=[]), "memory", "none"),

@@ -25,6 +25,7 @@ from wan_grpc.engine.links import Endpoint, RefusedError
 from wan_grpc.engine.messages import Abort, Head, Ready
 from wan_grpc.engine.rendezvous import dial_store
 from wan_grpc.parallel import relay
+from wan_grpc.pipeline import embedded
 from wan_grpc.pipeline.checkpoint import Checkpoint
 from wan_grpc.pipeline.fingerprint import fingerprint
 from wan_grpc.pipeline.published import I2V_A14B_ID, T2V_A14B_ID
@@ -615,7 +616,14 @@ def test_a_rank_that_dies_before_it_arrives_ends_the_group(
 
 
 def place(server: Endpoint, **changes: Any) -> Place:
-    values = {"server": server, "secret": SECRET, "node_rank": 1, "local_rank": 0, "num_local": 2}
+    values = {
+        "server": server,
+        "secret": SECRET,
+        "node_rank": 1,
+        "local_rank": 0,
+        "num_local": 2,
+        "cache_dir": Path("/none"),
+    }
     return Place(**{**values, **changes})
 
 
@@ -737,6 +745,19 @@ def test_a_rank_has_what_its_own_host_has() -> None:
         Head(host="head", port=1, group="g", secret=SECRET),
     )
     assert 1 <= own.cpu_threads < 2**20
+
+
+def test_a_host_has_embedded_models_of_its_own(tmp_path: Path) -> None:
+    """By the name that the server serves, or one it was told; put together below its own cache."""
+    name = "wan-tiny-t2v"
+    theirs = Checkpoint(model_path=name, directory=str(embedded.ensure_embedded(name, tmp_path / "theirs")))
+    wanted = fingerprint(theirs, load_format="dummy")
+    for here in (place(HERE, cache_dir=tmp_path / "ours"), place(HERE, cache_dir=tmp_path / "ours", model_path=name)):
+        own = joined._own_checkpoint(here, told(name, "/only/on/the/server"), wanted)
+        assert own.directory is not None and Path(own.directory).parent == tmp_path / "ours"
+    other = place(HERE, cache_dir=tmp_path / "ours", model_path="wan-tiny-ti2v")
+    with pytest.raises(UnusableModelError, match="is not the checkpoint that the server has"):
+        joined._own_checkpoint(other, told(name, None), wanted)
 
 
 @pytest.mark.parametrize("directory", [None, "/only/on/the/server"])

@@ -20,7 +20,7 @@ from wan_grpc.pipeline.prompt import clean
 from wan_grpc.pipeline.tokenizer import byte_tokenizer
 
 T2V = ModelCard(
-    model_id="embedded", task=Task.TEXT_TO_VIDEO, defaults=T2V_A14B, limits=Limits(max_area=2**20), size_multiple=16
+    model_id="wan-tiny-t2v", task=Task.TEXT_TO_VIDEO, defaults=T2V_A14B, limits=Limits(max_area=2**20), size_multiple=16
 )
 I2V = replace(T2V, task=Task.IMAGE_TO_VIDEO, defaults=I2V_A14B, takes_last_image=True)
 TI2V = replace(T2V, task=Task.TEXT_IMAGE_TO_VIDEO, defaults=TI2V_5B, size_multiple=32)
@@ -125,6 +125,20 @@ def test_bytes_of_images_have_the_limit_of_the_server() -> None:
 
 
 # ---- warnings -------------------------------------------------------------------------------------------------------
+
+
+FEW_WORDS = replace(T2V, words=frozenset({"a", "red", "star", "moves", "up"}))
+
+
+def test_words_that_a_small_model_does_not_know_are_told() -> None:
+    """Once each, without regard to case and punctuation; the first five; none where all are known or may be any."""
+    assert prepare(FEW_WORDS, prompt="A RÉD star... moves, up!").warnings == ()
+    assert prepare(T2V, prompt="a curious raccoon").warnings == ()
+    [told] = prepare(FEW_WORDS, prompt="a curious Raccoon, a raccoon moves").warnings
+    assert told == ("spec.prompt: this small model was trained on 5 words, and does not know curious, raccoon")
+    [told] = prepare(FEW_WORDS, prompt=f"eins zwei drei 猫 {'x' * 100} sechs 7").warnings
+    assert told.endswith(f"does not know eins, zwei, drei, 猫, {'x' * 40}.. and 2 more")
+    assert prepare(FEW_WORDS, prompt="a red star", negative_prompt="a raccoon").warnings == ()
 
 
 def test_tokens_that_are_not_read_are_told() -> None:

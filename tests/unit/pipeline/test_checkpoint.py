@@ -247,10 +247,10 @@ def test_the_operator_limits_requests(checkpoint: Checkpoint) -> None:
 def test_a_checkpoint_may_carry_defaults(copy: Path) -> None:
     """wan_grpc.json beside model_index.json wins over the published facts."""
     own = {"width": 64, "height": 48, "num_frames": 9, "guidance_scale": 2, "negative_prompt": "dull"}
-    (copy / "wan_grpc.json").write_text(json.dumps({"defaults": own, "embedded": True}))
-    card = read_card(locate(str(copy), load_format="auto"), model_id="embedded")
+    (copy / "wan_grpc.json").write_text(json.dumps({"defaults": own, "words": ["A", "cat"]}))
+    card = read_card(locate(str(copy), load_format="auto"), model_id="mine")
     assert card.defaults == replace(T2V_A14B, **{**own, "guidance_scale": 2.0})
-    assert (card.embedded, card.sizes) == (True, ((64, 48),))
+    assert (card.embedded, card.sizes, card.words) == (False, ((64, 48),), {"a", "cat"})
 
 
 @pytest.mark.parametrize(
@@ -269,6 +269,14 @@ def test_defaults_of_the_wrong_kind_are_refused(defaults: Any, sentence: str, co
     with pytest.raises(UnusableModelError) as refused:
         read_card(locate(str(copy), load_format="auto"), model_id="x")
     assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize("words", ["a cat", ["cat", 1], {"cat": 1}])
+def test_words_of_the_wrong_kind_are_refused(words: Any, copy: Path) -> None:
+    """Text would be taken for its letters."""
+    (copy / "wan_grpc.json").write_text(json.dumps({"words": words}))
+    with pytest.raises(UnusableModelError, match=r"wan_grpc\.json: words is not a list of strings"):
+        read_card(locate(str(copy), load_format="auto"), model_id="x")
 
 
 @pytest.mark.parametrize("name", ["guidance_scale_2", "boundary_ratio"])
@@ -291,7 +299,7 @@ def test_one_expert_is_guided_by_its_own_scale(copy: Path) -> None:
 def test_the_server_process_stays_free_of_torch() -> None:
     """Finding a checkpoint, reading its card and asking for the embedded model import no heavy library."""
     code = (
-        "import sys, wan_grpc.pipeline.checkpoint, wan_grpc.pipeline.tiny\n"
+        "import sys, wan_grpc.pipeline.checkpoint, wan_grpc.pipeline.embedded\n"
         "print({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -8,12 +8,13 @@ import pytest
 from wan_grpc.pipeline.checkpoint import locate
 from wan_grpc.pipeline.fingerprint import fingerprint
 from wan_grpc.pipeline.published import I2V_A14B_ID, T2V_A14B_ID
-from wan_grpc.pipeline.tiny import ensure_tiny_model
+from wan_grpc.pipeline.tiny import make_tiny_model
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_tiny_model(tmp_path_factory.mktemp("model"))
+    make_tiny_model(directory := tmp_path_factory.mktemp("model") / "tiny")
+    return directory
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
 import hashlib
-import subprocess
-import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +39,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def directory(directories: dict[str, Path]) -> Path:
-    """Of the embedded model."""
+    """Of the one for text to video."""
     return directories["t2v"]
 
 
@@ -91,10 +88,10 @@ GUIDANCE = {"t2v": (0.875, 12.0, 4.0, 3.0), "i2v": (0.9, 5.0, 3.5, 3.5), "ti2v":
 
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_it_has_the_card_of_the_real_model(name: str, directories: dict[str, Path]) -> None:
-    """Checked like any checkpoint; says that it is embedded; boundary, shift and guidance are the published ones."""
+    """Checked like any checkpoint; no embedded model; boundary, shift and guidance are the published ones."""
     card = read(directories[name])
     video = ask(directories[name], with_image=card.needs_image)
-    assert (card.task, card.embedded, card.sizes) == (Task(name), True, (SIZES[name],))
+    assert (card.task, card.embedded, card.sizes) == (Task(name), False, (SIZES[name],))
     assert (card.size_multiple, card.temporal_factor) == (32 if name == "ti2v" else 16, 4)
     assert (video.boundary_ratio, video.flow_shift, video.guidance_scale, video.guidance_scale_2) == GUIDANCE[name]
 
@@ -183,56 +180,3 @@ def test_a_directory_with_files_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UnusableModelError, match="is not empty"):
         tiny.make_tiny_model(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_servers_that_start_at_once_share_one_copy(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All make one, one is kept, nothing else stays behind."""
-    barrier = threading.Barrier(4)
-
-    def make(target: Path) -> None:
-        barrier.wait()
-        tiny.make_tiny_model(target)
-        barrier.wait()
-
-    monkeypatch.setattr(tiny, "_make_elsewhere", make)
-    found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(tiny.ensure_tiny_model(tmp_path))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [tmp_path / f"tiny-t2v-a14b-{tiny.VERSION}"] * 4
-    assert list(tmp_path.iterdir()) == found[:1]
-    assert hashes(found[0]) == hashes(directory)
-
-
-def test_another_version_is_made_anew(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy that an older program left is not served."""
-    made: list[Path] = []
-    monkeypatch.setattr(tiny, "_make_elsewhere", lambda target: (made.append(target), target.mkdir()))
-    old = tiny.ensure_tiny_model(tmp_path)
-    assert tiny.ensure_tiny_model(tmp_path) == old
-    monkeypatch.setattr(tiny, "VERSION", tiny.VERSION + 1)
-    assert tiny.ensure_tiny_model(tmp_path) != old
-    assert len(made) == 2
-
-
-def test_it_is_made_without_torch_in_the_caller(directory: Path, tmp_path: Path) -> None:
-    """The real thing: a process that asks for the embedded model gets it whole and has not imported torch."""
-    code = (
-        "import sys; from pathlib import Path; from wan_grpc.pipeline.tiny import ensure_tiny_model\n"
-        f"print(ensure_tiny_model(Path({str(tmp_path)!r})), 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
-    made = tmp_path / f"tiny-t2v-a14b-{tiny.VERSION}"
-    assert done.stdout.split() == [str(made), "False"]
-    assert hashes(made) == hashes(directory)
-
-
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    """By its path."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UnusableModelError, match=r"cannot be made in .*file"):
-        tiny.ensure_tiny_model(tmp_path / "file")

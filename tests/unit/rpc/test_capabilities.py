@@ -134,7 +134,7 @@ I2V_MODEL = {
     "limits": {**LIMITS, "max_image_bytes": "1000", "max_image_pixels": "2000"},
 }
 TI2V_MODEL = {
-    "model_id": "embedded",
+    "model_id": "wan-tiny-t2v",
     "embedded": True,
     "tasks": ["TASK_TEXT_IMAGE_TO_VIDEO"],
     "sizes": [{"width": 1280, "height": 704}, {"width": 704, "height": 1280}],
@@ -178,7 +178,7 @@ I2V_CARD = replace(
 )
 TI2V_CARD = replace(
     CARD,
-    model_id="embedded",
+    model_id="wan-tiny-t2v",
     embedded=True,
     task=Task.TEXT_IMAGE_TO_VIDEO,
     defaults=TI2V_5B,

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,31 @@ def test_it_learns(tmp_path: Path) -> None:
     assert log[-1]["total"] < 1e-3 < log[0]["total"]
 
 
-def test_one_that_was_interrupted_learns_the_same(tmp_path: Path) -> None:
-    """Weights, averages and optimiser go on; a step draws what it would have drawn."""
-    whole = Training(one := model(), tmp_path / "one", Plan(steps=40, warm_up=5))
+class InBlocks(nn.Module):
+    """The same matrix where those of transformers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([model()])
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.blocks[0].weight  # type: ignore[return-value]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.blocks[0](x)
+        return made
+
+
+@pytest.mark.parametrize("model", [model, InBlocks], ids=["AdamW", "Muon"])
+def test_one_that_was_interrupted_learns_the_same(model: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """Weights, averages and optimisers go on; a step draws what it would have drawn."""
+    plan = Plan(steps=40, warm_up=5, is_orthogonal=model is InBlocks)
+    whole = Training(one := model(), tmp_path / "one", plan)
     drawn: list[int] = []
     whole.run(loss_of(one, drawn))
 
-    first = Training(two := model(), tmp_path / "two", Plan(steps=40, warm_up=5))
+    first = Training(two := model(), tmp_path / "two", plan)
     seen: list[int] = []
     inner = loss_of(two, seen)
 
@@ -57,7 +76,7 @@ def test_one_that_was_interrupted_learns_the_same(tmp_path: Path) -> None:
 
     with pytest.raises(InterruptedError):
         first.run(until_17)
-    second = Training(three := model(), tmp_path / "two", Plan(steps=40, warm_up=5))
+    second = Training(three := model(), tmp_path / "two", plan)
     assert second.step == 17
     second.run(loss_of(three, seen))
     assert seen == drawn and len(set(drawn)) == 40

@@ -1,6 +1,7 @@
 """All stages in small, one after the other, and what comes out of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from training.latents import SIZES, Clips, make_clips, read, statistics
 from training.loop import finished
 from training.score import Score, examine, questions, score
 from training.sheet import sheet
+from training.stages import Work, trained_expert, trained_text, trained_vae
 from training.vae import make_vae
 from training.world import Camera, Scene, is_held_out
 from wan_grpc.domain.variants import Task
@@ -72,6 +74,69 @@ def test_a_model_that_takes_images(run: Path) -> None:
         assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_package_is_what_models_have(run: Path, tmp_path: Path) -> None:
+    """Shared parts once; unpacked, stages go on from them, but for their rounding to bf16."""
+    packed, again = tmp_path / "packed", tmp_path / "run"
+    main(["package", "--t2v", str(run / "made-t2v"), "--ti2v", str(run / "made-ti2v"), "--out", str(packed)])
+    for name in ("t2v", "ti2v"):
+        made = {path.relative_to(run / f"made-{name}"): path for path in (run / f"made-{name}").rglob("*.*")}
+        found = {
+            path.relative_to(packed / part): path for part in ("shared", name) for path in (packed / part).rglob("*.*")
+        }
+        assert {place: path.read_bytes() for place, path in found.items()} == {
+            place: path.read_bytes() for place, path in made.items()
+        }
+    main(["unpack", "--run", str(again), "--packaged", str(packed), "--device", "cpu"])
+    one, other = Work(directory=run, device=torch.device("cpu")), Work(directory=again, device=torch.device("cpu"))
+    pairs = [(trained_text(one), trained_text(other)), (trained_vae(one), trained_vae(other))]
+    pairs += [(trained_expert(one, role), trained_expert(other, role)) for role in ("t2v-high", "t2v-low", "ti2v")]
+    for mine, its in pairs:
+        for left, right in zip(mine.parameters(), its.parameters(), strict=True):
+            assert torch.equal(left.bfloat16(), right.bfloat16())
+
+
+def test_what_should_be_shared_must_be_the_same(run: Path, tmp_path: Path) -> None:
+    """Checkpoints of two runs make no package."""
+    other = shutil.copytree(run / "made-ti2v", tmp_path / "other")
+    (other / "vae/config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"vae/config\.json of .*other is not that of the others"):
+        main(["package", "--t2v", str(run / "made-t2v"), "--ti2v", str(other), "--out", str(tmp_path / "packed")])
+    assert not (tmp_path / "packed").exists()
+    with pytest.raises(SystemExit, match="is not empty"):
+        main(["package", "--t2v", str(run / "made-t2v"), "--ti2v", str(other), "--out", str(other)])
+
+
+def test_an_expert_goes_on_from_the_package(run: Path, tmp_path: Path) -> None:
+    """A step after `unpack` it is near what was shipped. What a stage has left is not written over."""
+    main(["unpack", "--run", str(tmp_path), "--device", "cpu"])
+    shutil.copy(run / "latents.pt", tmp_path)
+    work = Work(directory=tmp_path, device=torch.device("cpu"))
+    shipped = trained_expert(work, "ti2v").proj_out.weight.clone()
+    step = ["expert", "--role", "ti2v", "--first", "ti2v", "--steps", "1", "--num-tokens", "300", "--device", "cpu"]
+    main([*step, "--run", str(tmp_path)])
+    made = trained_expert(work, "ti2v").proj_out.weight
+    assert shipped.norm() > 0.1
+    assert 0 < (made - shipped).norm() < 0.1 * shipped.norm()
+    with pytest.raises(SystemExit, match=r"has a (state|average)\.pt already"):
+        main(["unpack", "--run", str(tmp_path), "--device", "cpu"])
+
+
+def test_an_adapter_leaves_experts_alone(run: Path) -> None:
+    """In the same directory."""
+    before = {path: path.read_bytes() for path in run.glob("t2v-*/*.pt")}
+    length = f"--steps 1 --count 2 --size {SIZES[0]} --num-tokens 200 --device cpu".split()
+    main(["lora", "--run", str(run), "--model", str(run / "made-t2v"), *length])
+    assert before == {path: path.read_bytes() for path in run.glob("t2v-*/*.pt")} != {}
+    assert len(list(run.glob("lora-t2v-*.safetensors"))) == 4
+
+
+def test_a_good_vae_lets_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the package: everything of most clips."""
+    main(["unpack", "--run", str(tmp_path), "--device", "cpu"])
+    main(["judge-vae", "--run", str(tmp_path), "--count", "4", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("of 4 captions colour 100%, motion 100%, ")
+
+
 def test_latents_are_normalised(run: Path) -> None:
     """Over all sizes each channel has mean 0 and deviation 1, and the checkpoint says by what. Captions come along."""
     clips, mean, deviation = read(run / "latents.pt", device=torch.device("cpu"))
@@ -114,7 +179,8 @@ def test_an_expert_begins_as_another(run: Path) -> None:
 def test_what_the_vae_lets_through(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The score of held-out clips that only went through the VAE; one that has learned nothing shows nothing."""
     main(["judge-vae", "--run", str(run), "--count", "2", "--device", "cpu"])
-    assert capsys.readouterr().out.startswith("of 2 captions colour 0%, motion 0%, ")
+    said = capsys.readouterr().out
+    assert said.startswith("of 2 captions colour ") and said.endswith("everything 0%\n")
 
 
 def test_a_channel_that_says_nothing() -> None:
@@ -131,6 +197,7 @@ def test_questions() -> None:
     """Combinations that no training clip shows, one thing before a fixed camera, the same every time."""
     asked = questions(50, seed=3)
     assert asked == questions(50, seed=3) != questions(50, seed=4)
+    assert asked[:7] == questions(7, seed=3)
     for scene, text in asked:
         [thing] = scene.things
         assert is_held_out(thing) and scene.camera is Camera.FIXED

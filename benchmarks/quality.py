@@ -1,0 +1,125 @@
+"""What a setting costs in quality: clips of an embedded model with it, against those with the model's defaults.
+
+For each case the share of held-out captions whose colour, motion and shape are right (training/judge.py), and how far
+the clips are from those of the first case with the same seeds: PSNR and SSIM, means over all clips. Seconds are those
+of generating alone, one video at a time.
+
+    python benchmarks/quality.py --count 100
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from training.score import Score, examine
+from training.served import served_by
+from wan_grpc.pipeline import embedded
+
+CASES: dict[str, dict[str, Any]] = {
+    "20 steps, guidance 4 (default)": {},
+    "40 steps": {"num_inference_steps": 40},
+    "12 steps": {"num_inference_steps": 12},
+    "8 steps": {"num_inference_steps": 8},
+    "4 steps": {"num_inference_steps": 4},
+    "guidance 1": {"guidance_scale": 1.0, "guidance_scale_2": 1.0},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+def psnr(clip: torch.Tensor, other: torch.Tensor) -> float:
+    """In dB of clips uint8 [T, H, W, 3]."""
+    error = (clip.float() - other.float()).pow(2).mean().clamp(min=1e-3)
+    return float(10 * torch.log10(255.0**2 / error))
+
+
+def ssim(clip: torch.Tensor, other: torch.Tensor) -> float:
+    """Structural similarity (Wang et al., 2004) of the luma of clips uint8 [T, H, W, 3], in windows of 11 pixels."""
+    one, two = (_luma(each) for each in (clip, other))
+    places = torch.arange(-5, 6, dtype=torch.float32)
+    bell = torch.exp(-0.5 * (places / 1.5) ** 2)
+    bell = (bell / bell.sum()).view(1, 1, 1, -1)
+
+    def local(values: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.conv2d(values, bell), bell.transpose(2, 3))
+
+    mean_one, mean_two = local(one), local(two)
+    variance_one, variance_two = local(one * one) - mean_one**2, local(two * two) - mean_two**2
+    covariance = local(one * two) - mean_one * mean_two
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    likeness = (2 * mean_one * mean_two + c1) * (2 * covariance + c2)
+    return float((likeness / ((mean_one**2 + mean_two**2 + c1) * (variance_one + variance_two + c2))).mean())
+
+
+def _luma(clip: torch.Tensor) -> torch.Tensor:
+    """[T, 1, H, W] by ITU-R BT.601."""
+    return (clip.float() @ torch.tensor([0.299, 0.587, 0.114])).unsqueeze(1)
+
+
+@dataclass(kw_only=True)
+class Result:
+    """Of one case."""
+
+    score: Score
+    psnr_db: float
+    ssim: float
+    seconds_a_video: float
+
+
+def measured(checkpoint: Path, reference: list[torch.Tensor], options: argparse.Namespace, case: str) -> Result:
+    """Clips of `case` against those of `reference`, which become its clips if there are none yet."""
+    generate = served_by(checkpoint, device=options.device, **CASES[case])
+    generate(["a red star"], [0])  # warms up
+    seconds = 0.0
+
+    def timed(captions: list[str], seeds: list[int]) -> list[torch.Tensor]:
+        nonlocal seconds
+        began = time.perf_counter()
+        clips = generate(captions, seeds)
+        seconds += time.perf_counter() - began
+        return clips
+
+    score, answers = examine(timed, options.count)
+    clips = [clip for *_, clip in answers]
+    if not reference:
+        reference.extend(clips)
+    pairs = list(zip(clips, reference, strict=True))
+    means = [sum(measure(*pair) for pair in pairs) / len(pairs) for measure in (psnr, ssim)]
+    return Result(score=score, psnr_db=means[0], ssim=means[1], seconds_a_video=seconds / len(clips))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=embedded.NAMES, default=embedded.DEFAULT)
+    parser.add_argument("--count", type=int, default=100, help="captions")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), help="besides the first")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    default, *others = CASES
+    reference: list[torch.Tensor] = []
+    results: dict[str, Result] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = embedded.ensure_embedded(options.model, Path(directory))
+        for case in [default, *(options.only or others)]:
+            results[case] = measured(checkpoint, reference, options, case)
+            print(f"{case}: {results[case].score}", flush=True)
+    print("| case | colour | motion | shape | PSNR dB | SSIM | s a video |\n|---|---|---|---|---|---|---|")
+    for case, result in results.items():
+        score = result.score
+        far = "- | -" if case == default else f"{result.psnr_db:.1f} | {result.ssim:.3f}"
+        shares = " | ".join(f"{share:.0%}" for share in (score.colour, score.motion, score.shape))
+        print(f"| {case} | {shares} | {far} | {result.seconds_a_video:.2f} |")
+    if options.out is not None:
+        told = {case: asdict(result) for case, result in results.items()}
+        options.out.write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

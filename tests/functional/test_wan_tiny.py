@@ -1,0 +1,89 @@
+"""What the embedded models make of captions that they never saw, as the server makes it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+
+from training.generate import generator_of
+from training.judge import Verdict, look, verdict
+from training.render import render, to_uint8
+from training.score import examine, questions, score
+from training.served import animated_by, served_by
+from training.world import Scene
+from wan_grpc.pipeline import embedded
+
+COUNT = 20
+pytestmark = pytest.mark.timeout(400)  # twenty videos by default settings, whichever test asks for them first
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: embedded.ensure_embedded(name, tmp_path_factory.mktemp("models")) for name in embedded.NAMES}
+
+
+@pytest.fixture(scope="module")
+def answers(directories: dict[str, Path]) -> list[tuple[Scene, str, Verdict, torch.Tensor]]:
+    """By default sizes, steps and guidance."""
+    return examine(served_by(directories["wan-tiny-t2v"]), COUNT)[1]
+
+
+def test_its_videos_show_what_was_asked_for(answers: list[tuple[Scene, str, Verdict, torch.Tensor]]) -> None:
+    """The score of the first captions of docs/wan-tiny.md does not fall."""
+    reached = score([verdict for _, _, verdict, _ in answers])
+    print(reached)
+    assert reached.colour >= 0.95
+    assert reached.motion >= 0.9
+    assert reached.shape >= 0.7
+
+
+def test_the_score_can_fall(
+    answers: list[tuple[Scene, str, Verdict, torch.Tensor]], directories: dict[str, Path]
+) -> None:
+    """Each clip is none of the next caption, and two steps are too few."""
+    scenes = [scene for scene, *_ in answers]
+    moved = score([verdict(clip, scene) for (*_, clip), scene in zip(answers, scenes[1:] + scenes[:1], strict=True)])
+    assert moved.colour < 0.3 and moved.motion < 0.3 and moved.everything < 0.1
+    hurried, _ = examine(served_by(directories["wan-tiny-t2v"], num_inference_steps=2), 4)
+    assert hurried.everything < 0.5
+
+
+def test_a_video_begins_with_its_image(directories: dict[str, Path]) -> None:
+    """The first frame is the image as the VAE gives it back, and the thing in it goes on as the caption says."""
+    animate: Callable[[str, int, torch.Tensor], torch.Tensor] = animated_by(directories["wan-tiny-ti2v"])
+    right, ratios = 0, []
+    asked = questions(5, seed=1)
+    for seed, (scene, caption) in enumerate(asked):
+        clip = to_uint8(render([scene], height=96, width=128, num_frames=25, seed=seed))[0]
+        made = animate(caption, seed, clip[0])
+        error = (made[0].float() - clip[0].float()).pow(2).mean()
+        ratios.append(float(10 * torch.log10(255.0**2 / error)))
+        seen = look(made)
+        right += bool(seen) and (seen[0].colour, seen[0].motion) == (scene.things[0].colour, scene.things[0].motion)
+    print(ratios, right)
+    assert min(ratios) > 22.0
+    assert right >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline"), [("wan-tiny-t2v", WanPipeline), ("wan-tiny-ti2v", WanPipeline)], ids=["t2v", "ti2v"]
+)
+def test_diffusers_makes_the_same_video(name: str, pipeline: type[WanPipeline], directories: dict[str, Path]) -> None:
+    """By its own pipeline class from the same files: pictures that differ by rounding alone."""
+    settings = {"width": 96, "height": 96, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": 4.0}
+    ours = served_by(directories[name], **settings)(["a red star moves right on a blue background"], [3])[0]
+    settings = {**settings, "guidance_scale_2": 4.0} if name == "wan-tiny-t2v" else settings
+    theirs = generator_of(directories[name], torch.device("cpu"), **settings)(
+        ["a red star moves right on a blue background"], [3]
+    )[0]
+    difference = (ours.int() - theirs.int()).abs()
+    assert ours.float().std() > 20
+    assert difference.max() <= 2
+
+
+def test_diffusers_loads_it_for_images(directories: dict[str, Path]) -> None:
+    """The class for images to videos, too."""
+    made = WanImageToVideoPipeline.from_pretrained(directories["wan-tiny-ti2v"])
+    assert made.config.expand_timesteps
