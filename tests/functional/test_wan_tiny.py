@@ -35,8 +35,8 @@ def test_its_videos_show_what_was_asked_for(answers: list[tuple[Scene, str, Verd
     reached = score([verdict for _, _, verdict, _ in answers])
     print(reached)
     assert reached.colour >= 0.95
-    assert reached.motion >= 0.9
-    assert reached.shape >= 0.7
+    assert reached.motion >= 0.85
+    assert reached.shape >= 0.75
 
 
 def test_the_score_can_fall(
