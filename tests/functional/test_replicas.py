@@ -143,8 +143,8 @@ def test_flags_that_contradict_each_other(tmp_path: Path) -> None:
             f"wan-grpc serve: --tp-size: 3 does not divide the {what}; 1, 2 and 4 would (--num-gpus 4)"
             for what in (
                 "ranks of a group, 4 = 3 x 1 + 1",
-                "heads of the text encoder, 4 = 3 x 1 + 1",
-                "d_ff of the text encoder, 128 = 3 x 42 + 2",
+                "heads of the text encoder, 8 = 3 x 2 + 2",
+                "d_ff of the text encoder, 256 = 3 x 85 + 1",
             )
         ),
     ]
