@@ -22,7 +22,7 @@ from wan_grpc.domain.variants import (
     ModelCard,
     Task,
 )
-from wan_grpc.pipeline import fit, hub, layout, published
+from wan_grpc.pipeline import embedded, fit, hub, layout, published
 
 DUMMY: Final = "dummy"
 LOAD_FORMATS: Final = ("auto", DUMMY)
@@ -134,7 +134,10 @@ def _refuse_what_is_a_path(model_path: str, directory: Path) -> None:
     if directory.exists():
         raise UnusableModelError(f"{model_path} is not a directory")
     if model_path.startswith(("/", "~", "./", "../")) or model_path.count("/") != 1:
-        raise UnusableModelError(f"{model_path} is neither a directory nor a hub id such as {published.T2V_A14B_ID}")
+        raise UnusableModelError(
+            f"{model_path} is neither a directory nor a hub id such as {published.T2V_A14B_ID}, nor one of the "
+            f"embedded models, {' and '.join(embedded.NAMES)}"
+        )
 
 
 def read_card(checkpoint: Checkpoint, *, model_id: str, limits: Limits | None = None) -> ModelCard:

@@ -136,6 +136,7 @@ def test_dummy_needs_configs_alone(copy: Path) -> None:
         ("/nowhere/model", "/nowhere/model is neither a directory nor a hub id"),
         ("./model", "./model is neither a directory nor a hub id"),
         ("model", "model is neither a directory nor a hub id"),
+        ("wan-tiny", "wan-tiny is neither .* nor one of the embedded models, wan-tiny-t2v and wan-tiny-ti2v"),
         ("owner/-model-", "owner/-model- is neither a directory nor a hub id"),
         (__file__, f"{__file__} is not a directory"),
     ],
