@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from training.likeness import psnr, ssim
 from training.score import Score, examine
 from training.served import served_by
 from wan_grpc.pipeline import embedded
@@ -31,35 +31,6 @@ CASES: dict[str, dict[str, Any]] = {
     "guidance 1": {"guidance_scale": 1.0, "guidance_scale_2": 1.0},
     "bfloat16": {"dtype": "bfloat16"},
 }
-
-
-def psnr(clip: torch.Tensor, other: torch.Tensor) -> float:
-    """In dB of clips uint8 [T, H, W, 3]."""
-    error = (clip.float() - other.float()).pow(2).mean().clamp(min=1e-3)
-    return float(10 * torch.log10(255.0**2 / error))
-
-
-def ssim(clip: torch.Tensor, other: torch.Tensor) -> float:
-    """Structural similarity (Wang et al., 2004) of the luma of clips uint8 [T, H, W, 3], in windows of 11 pixels."""
-    one, two = (_luma(each) for each in (clip, other))
-    places = torch.arange(-5, 6, dtype=torch.float32)
-    bell = torch.exp(-0.5 * (places / 1.5) ** 2)
-    bell = (bell / bell.sum()).view(1, 1, 1, -1)
-
-    def local(values: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(F.conv2d(values, bell), bell.transpose(2, 3))
-
-    mean_one, mean_two = local(one), local(two)
-    variance_one, variance_two = local(one * one) - mean_one**2, local(two * two) - mean_two**2
-    covariance = local(one * two) - mean_one * mean_two
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    likeness = (2 * mean_one * mean_two + c1) * (2 * covariance + c2)
-    return float((likeness / ((mean_one**2 + mean_two**2 + c1) * (variance_one + variance_two + c2))).mean())
-
-
-def _luma(clip: torch.Tensor) -> torch.Tensor:
-    """[T, 1, H, W] by ITU-R BT.601."""
-    return (clip.float() @ torch.tensor([0.299, 0.587, 0.114])).unsqueeze(1)
 
 
 @dataclass(kw_only=True)

@@ -37,6 +37,7 @@ from training.loop import Plan
 from training.score import Score, examine
 from training.served import served_by
 from training.sheet import sheet
+from wan_grpc.config import CACHE_DIR
 from wan_grpc.domain.variants import Task
 from wan_grpc.pipeline import embedded
 
@@ -186,7 +187,7 @@ def _package(options: argparse.Namespace) -> None:
 
 
 def _checkpoint(model: str) -> Path:
-    return Path(embedded.resolved(model, Path("~/.cache/wan-grpc").expanduser()))
+    return Path(embedded.resolved(model, CACHE_DIR.expanduser()))
 
 
 def _size(name: str) -> Size:

@@ -5,7 +5,7 @@ Knows sizes of clips and how latents are normalised. Does not know experts.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from training import vae as vaes
-from training.render import render, render_with_cover
+from training.render import render
 from training.text import Words
 from training.world import Scene, caption, draw_scene
 
@@ -77,8 +77,8 @@ def draw_scenes(count: int, rng: random.Random) -> list[Scene]:
     return [draw_scene(rng) for _ in range(count)]
 
 
-def pixels(scenes: list[Scene], size: Size, *, seed: int, device: torch.device) -> torch.Tensor:
-    """[B, 3, T, H, W] in -1 to 1."""
+def pixels(scenes: list[Scene], size: Size, *, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, 3, T, H, W] in -1 to 1, and how much of it things cover, as `render` has them."""
     return render(scenes, height=size.height, width=size.width, num_frames=size.num_frames, seed=seed, device=device)
 
 
@@ -101,14 +101,7 @@ def make_clips(
     at_once = max(1, _AT_ONCE // size.num_pixels)
     for first in range(0, count, at_once):
         scenes = draw(min(at_once, count - first), rng)
-        clips, cover = render_with_cover(
-            scenes,
-            height=size.height,
-            width=size.width,
-            num_frames=size.num_frames,
-            seed=rng.randrange(2**31),
-            device=vae.device,
-        )
+        clips, cover = pixels(scenes, size, seed=rng.randrange(2**31), device=vae.device)
         if style is not None:
             clips = style(scenes, clips, cover)
         near.append(near_things(cover).half())
@@ -154,12 +147,18 @@ def save(every: dict[Size, Clips], mean: list[float], deviation: list[float], pa
 def read(path: Path, *, device: torch.device) -> tuple[dict[str, Clips], list[float], list[float]]:
     """Clips by the name of their size, normalised; mean and deviation of their channels before."""
     kept = torch.load(path, map_location=device, weights_only=True)
-    mean, deviation = (torch.tensor(kept[name], device=device).view(1, -1, 1, 1, 1) for name in ("mean", "deviation"))
     clips = {
-        name: Clips(latents=((latents.float() - mean) / deviation).bfloat16(), tokens=tokens, mask=mask, near=near)
+        name: normalised(Clips(latents=latents, tokens=tokens, mask=mask, near=near), kept["mean"], kept["deviation"])
         for name, (latents, tokens, mask, near) in kept["clips"].items()
     }
     return clips, kept["mean"], kept["deviation"]
+
+
+def normalised(clips: Clips, mean: list[float], deviation: list[float]) -> Clips:
+    """As experts see them: channels less their mean, by their deviation, in bf16."""
+    own = clips.latents.float()
+    less, by = (torch.tensor(values, device=own.device).view(1, -1, 1, 1, 1) for values in (mean, deviation))
+    return replace(clips, latents=((own - less) / by).bfloat16())
 
 
 def read_statistics(path: Path) -> tuple[list[float], list[float]]:

@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from transformers import UMT5EncoderModel
 
 from training import experts, latents
-from training.latents import Clips, Size
+from training.latents import Size
 from training.loop import Plan, Training, on
 from training.world import RGB, Scene, draw_scene
 
@@ -72,7 +72,8 @@ def train(
     """
     vae = _part(AutoencoderKLWan, checkpoint, "vae", device)
     text = _part(UMT5EncoderModel, checkpoint, "text_encoder", device)
-    clips = _normalised(latents.make_clips(vae, size, count, seed=plan.seed + 1, draw=scenes_of, style=neon), vae)
+    drawn = latents.make_clips(vae, size, count, seed=plan.seed + 1, draw=scenes_of, style=neon)
+    clips = latents.normalised(drawn, vae.config["latents_mean"], vae.config["latents_std"])
     for component, role in _COMPONENTS.items():
         expert = adapted(_part(WanTransformer3DModel, checkpoint, component, device))
         brief = experts.be_brief(expert)
@@ -136,12 +137,3 @@ def _part(cls: Any, checkpoint: Path, component: str, device: torch.device) -> A
     part = cls.from_pretrained(checkpoint / component, torch_dtype=torch.float32)
     part.eval().requires_grad_(False)
     return on(device, part)
-
-
-def _normalised(clips: Clips, vae: AutoencoderKLWan) -> Clips:
-    mean, deviation = (
-        torch.tensor(vae.config[name], device=clips.latents.device).view(1, -1, 1, 1, 1)
-        for name in ("latents_mean", "latents_std")
-    )
-    normal = ((clips.latents.float() - mean) / deviation).bfloat16()
-    return Clips(latents=normal, tokens=clips.tokens, mask=clips.mask, near=clips.near)

@@ -47,24 +47,12 @@ def render(
     num_frames: int,
     seed: int,
     device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """Clips [B, 3, num_frames, height, width] of `scenes`, in -1 to 1.
-
-    seed: of all that scenes leave open, such as where a thing begins and how fast it is.
-    """
-    return render_with_cover(scenes, height=height, width=width, num_frames=num_frames, seed=seed, device=device)[0]
-
-
-def render_with_cover(
-    scenes: Sequence[Scene],
-    *,
-    height: int,
-    width: int,
-    num_frames: int,
-    seed: int,
-    device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `render` makes, and how much of each pixel things cover: [B, num_frames, height, width] in 0 to 1."""
+    """Clips [B, 3, num_frames, height, width] of `scenes`, in -1 to 1, and how much of each pixel things cover.
+
+    That is [B, num_frames, height, width] in 0 to 1. seed: of all that scenes leave open, such as where a thing begins
+    and how fast it is.
+    """
     rng = random.Random(seed)
     backgrounds = [scene.background for scene in scenes]
     textures = [_draw_texture(background.pattern, rng) for background in backgrounds]

@@ -84,7 +84,7 @@ def _pool(size: Size, device: torch.device, *, scale: float) -> torch.Tensor:
     rng, parts = random.Random(size.width), []
     for first in range(0, count, 64):
         scenes = latents.draw_scenes(min(64, count - first), rng)
-        clips = latents.pixels(scenes, size, seed=rng.randrange(2**31), device=device)
+        clips = latents.pixels(scenes, size, seed=rng.randrange(2**31), device=device)[0]
         parts.append(to_uint8(clips))
     return torch.cat(parts)
 
@@ -96,7 +96,7 @@ def judge_vae(work: Work, *, count: int) -> Score:
 
     def through(_: list[str], seeds: list[int]) -> list[torch.Tensor]:
         scenes = [scene for scene, _ in questions(count, seed=0)[seeds[0] : seeds[-1] + 1]]
-        clips = latents.pixels(scenes, size, seed=seeds[0], device=work.device)
+        clips = latents.pixels(scenes, size, seed=seeds[0], device=work.device)[0]
         with vaes.whole_clips(vae), vaes.precision(work.device):
             latent_clips = vaes.encode(vae, clips)[0]
             return list(to_uint8(vaes.decode(vae, latent_clips).float()).cpu())

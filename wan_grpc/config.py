@@ -31,6 +31,8 @@ from wan_grpc.domain.variants import Limits
 ENV_PREFIX: Final = "WAN_GRPC_"
 OFF: Final = -1
 LIMITS: Final = Limits()
+CACHE_DIR: Final = Path("~/.cache/wan-grpc")
+"""Where embedded models are put together by default."""
 NOT_YET: Final = frozenset(
     {
         "dit_cpu_offload",
@@ -265,7 +267,7 @@ class RankSettings(Settings):
         group="defaults of a request",
     )
     cache_dir: ExpandedPath = _setting(
-        Path("~/.cache/wan-grpc"), "directory in which an embedded model is put together", group="storage"
+        CACHE_DIR, "directory in which an embedded model is put together", group="storage"
     )
     spool_dir: ExpandedPath | None = _setting(
         None, "directory for videos and frames in the making; unset: the system's for temporary files", group="storage"
@@ -420,9 +422,7 @@ class JoinSettings(Settings):
         "where this host has the checkpoint; unset: under the path, the hub id or the name that the server has it from",
         group="ranks",
     )
-    cache_dir: ExpandedPath = _setting(
-        Path("~/.cache/wan-grpc"), "directory in which an embedded model is put together", group="ranks"
-    )
+    cache_dir: ExpandedPath = _setting(CACHE_DIR, "directory in which an embedded model is put together", group="ranks")
     give_up_after_s: SecondsOrNone = _setting(
         600.0, "end when the server cannot be reached for this time", group="server"
     )

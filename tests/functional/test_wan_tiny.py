@@ -9,6 +9,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from training.generate import generator_of
 from training.judge import Verdict, look, verdict
+from training.likeness import psnr
 from training.render import render, to_uint8
 from training.score import examine, questions, score
 from training.served import animated_by, served_by
@@ -56,10 +57,9 @@ def test_a_video_begins_with_its_image(directories: dict[str, Path]) -> None:
     right, ratios = 0, []
     asked = questions(5, seed=1)
     for seed, (scene, caption) in enumerate(asked):
-        clip = to_uint8(render([scene], height=96, width=128, num_frames=25, seed=seed))[0]
+        clip = to_uint8(render([scene], height=96, width=128, num_frames=25, seed=seed)[0])[0]
         made = animate(caption, seed, clip[0])
-        error = (made[0].float() - clip[0].float()).pow(2).mean()
-        ratios.append(float(10 * torch.log10(255.0**2 / error)))
+        ratios.append(psnr(made[:1], clip[:1]))
         seen = look(made)
         right += bool(seen) and (seen[0].colour, seen[0].motion) == (scene.things[0].colour, scene.things[0].motion)
     print(ratios, right)

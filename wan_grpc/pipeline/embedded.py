@@ -4,6 +4,7 @@ Knows their names and files. Does not know how checkpoints are read. Imports no 
 docs/wan-tiny.md says what the models can do.
 """
 
+import filecmp
 import hashlib
 import shutil
 import tempfile
@@ -36,10 +37,11 @@ def resolved(model_path: str, cache_dir: Path) -> str:
 
 
 def ensure_embedded(name: str, cache_dir: Path) -> Path:
-    """The directory under `cache_dir` that has the whole checkpoint of one of NAMES, put together on the first call.
+    """The directory under `cache_dir` that has the whole checkpoint of one of NAMES.
 
-    Servers that start at once may call it at once. A directory is named after what is in it, so that what another
-    version of the package left is not served.
+    Files that are not there, or are not as the package has them, are copied: on the first call, after a power cut and
+    after a cleaner of caches. Servers that start at once may do so at once. A directory is named after what is in it,
+    so that what another version of the package left is not served.
 
     Raises:
         UnusableModelError: it cannot be put there.
@@ -47,18 +49,24 @@ def ensure_embedded(name: str, cache_dir: Path) -> Path:
     files = _files(name)
     try:
         target = cache_dir / f"{name}-{_digest(files)}"
-        if target.is_dir():
-            return target
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{target.name}-", dir=cache_dir) as scratch:
-            made = Path(scratch, "model")
-            for place, path in files.items():
-                made.joinpath(place).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, made / place)
-            _publish(made, target)
+        for place, path in files.items():
+            if not _is_same(path, target / place):
+                _copy(path, target / place)
     except OSError as error:
         raise UnusableModelError(f"the embedded model cannot be kept in {cache_dir}: {error}") from error
     return target
+
+
+def _is_same(path: Path, kept: Path) -> bool:
+    return kept.is_file() and filecmp.cmp(path, kept, shallow=False)
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Whole or not at all; who reads the file that was there before reads on in it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".copy-", dir=target.parent) as scratch:
+        shutil.copyfile(path, copy := Path(scratch, target.name))
+        copy.replace(target)
 
 
 def _files(name: str) -> dict[str, Path]:
@@ -76,12 +84,3 @@ def _digest(files: Mapping[str, Path]) -> str:
     for place in sorted(files):
         digest.update(place.encode() + b"\0" + hashlib.sha256(files[place].read_bytes()).digest())
     return digest.hexdigest()[:12]
-
-
-def _publish(made: Path, target: Path) -> None:
-    """Rename, which shows the model whole or not at all; whoever was faster copied the same bytes."""
-    try:
-        made.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise

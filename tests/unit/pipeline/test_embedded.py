@@ -1,6 +1,7 @@
 """The models that come with the package, as a server finds them."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from wan_grpc.domain.variants import Task
 from wan_grpc.pipeline import embedded
 from wan_grpc.pipeline.checkpoint import locate, read_card
 
+WEIGHTS = "transformer_2/diffusion_pytorch_model.safetensors"
 TASKS = {"wan-tiny-t2v": Task.TEXT_TO_VIDEO, "wan-tiny-ti2v": Task.TEXT_IMAGE_TO_VIDEO}
 
 
@@ -40,28 +42,63 @@ def test_its_card(name: str, tmp_path: Path) -> None:
     assert card.words == set(vocabulary())
 
 
-def test_servers_that_start_at_once_share_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All put one together, one is kept, nothing else stays behind."""
-    barrier = threading.Barrier(4)
-    publish = embedded._publish
+def whole(name: str) -> dict[str, str]:
+    """What the checkpoint should have."""
+    return hashes(embedded.FILES / embedded.SHARED) | hashes(embedded.FILES / embedded._OWN[name])
 
-    def publish_together(made: Path, target: Path) -> None:
+
+def test_servers_that_start_at_once_share_one_copy(tmp_path: Path) -> None:
+    """Each has a whole one as soon as it goes on, and nothing else stays behind."""
+    barrier, found = threading.Barrier(4), []
+
+    def start() -> None:
         barrier.wait(30)
-        publish(made, target)
+        made = embedded.ensure_embedded(embedded.DEFAULT, tmp_path)
+        found.append((made, hashes(made)[WEIGHTS]))
 
-    monkeypatch.setattr(embedded, "_publish", publish_together)
-    found: list[Path] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(embedded.ensure_embedded(embedded.DEFAULT, tmp_path)))
-        for _ in range(4)
-    ]
+    threads = [threading.Thread(target=start) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4 and list(tmp_path.iterdir()) == [found[0]] == list(set(found))
-    own, shared = hashes(embedded.FILES / "t2v"), hashes(embedded.FILES / embedded.SHARED)
-    assert hashes(found[0]) == own | shared
+    [made] = tmp_path.iterdir()
+    assert found == [(made, whole(embedded.DEFAULT)[WEIGHTS])] * 4
+    assert hashes(made) == whole(embedded.DEFAULT)
+
+
+@pytest.mark.parametrize("harm", ["lost", "cut", "zeros", "no directory"])
+def test_a_copy_that_was_harmed_is_mended(harm: str, tmp_path: Path) -> None:
+    """By a cleaner that took a file, or a power cut that took its content; what is whole is left alone."""
+    made = embedded.ensure_embedded(embedded.DEFAULT, tmp_path)
+    weights, other = made / WEIGHTS, made / "model_index.json"
+    content, before = weights.read_bytes(), other.stat()
+    match harm:
+        case "lost":
+            weights.unlink()
+        case "cut":
+            weights.write_bytes(content[:1000])
+        case "zeros":
+            weights.write_bytes(bytes(len(content)))
+        case _:
+            shutil.rmtree(weights.parent)
+    assert embedded.ensure_embedded(embedded.DEFAULT, tmp_path) == made
+    assert hashes(made) == whole(embedded.DEFAULT)
+    assert other.stat() == before
+
+
+def test_a_full_disk_is_said_and_mended_later(tmp_path: Path) -> None:
+    """No file may have more than a megabyte: the sentence names the place; with room again the next start goes on."""
+    code = (
+        "import resource, signal; from pathlib import Path; from wan_grpc.pipeline import embedded\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        f"embedded.ensure_embedded(embedded.DEFAULT, Path({str(tmp_path)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert f"UnusableModelError: the embedded model cannot be kept in {tmp_path}: " in done.stderr
+    [made] = tmp_path.iterdir()
+    assert hashes(made) != whole(embedded.DEFAULT) and not list(made.rglob(".copy-*"))
+    assert embedded.ensure_embedded(embedded.DEFAULT, tmp_path) == made
+    assert hashes(made) == whole(embedded.DEFAULT)
 
 
 def test_other_files_are_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ NUM_SCENES = 60
 
 def clips(scenes: list[Scene], *, is_spoiled: bool = False) -> torch.Tensor:
     """uint8 [B, T, H, W, 3]; spoiled: blurred, with colours a little off and noise, as a small VAE leaves them."""
-    rendered = render(scenes, height=96, width=96, num_frames=17, seed=8)
+    rendered = render(scenes, height=96, width=96, num_frames=17, seed=8)[0]
     if is_spoiled:
         frames = rendered.transpose(1, 2).flatten(0, 1)
         blurred = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)

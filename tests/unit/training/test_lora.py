@@ -12,7 +12,7 @@ from training import lora
 from training.__main__ import main
 from training.generate import generator_of
 from training.latents import SIZES
-from training.render import render_with_cover
+from training.render import render
 from training.world import RGB
 from wan_grpc.pipeline import embedded
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_neon_is_outlines_in_the_dark() -> None:
     """Far from edges it is dark, inside and outside; on them it has the colour of the thing."""
     scenes = lora.scenes_of(6, random.Random(1))
-    clips, cover = render_with_cover(scenes, height=96, width=96, num_frames=17, seed=2)
+    clips, cover = render(scenes, height=96, width=96, num_frames=17, seed=2)
     made = (lora.neon(scenes, clips, cover) + 1) / 2
     soft = lora._blurred(cover, 1.92)
     for scene, clip, share in zip(scenes, made, soft, strict=True):

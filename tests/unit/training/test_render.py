@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.latents import near_things
-from training.render import distance, render, render_with_cover, to_uint8
+from training.render import distance, render, to_uint8
 from training.world import RGB, Background, Camera, Motion, Pattern, Scene, Shape, Size, Thing, draw_scene
 
 PLAIN = Background(pattern=Pattern.PLAIN, colours=("grey",))
@@ -70,7 +70,7 @@ def test_clips_have_the_size_that_is_asked_for(height: int, width: int, num_fram
     """Any size, in -1 to 1, and pictures to match."""
     rng = random.Random(4)
     scenes = [draw_scene(rng) for _ in range(6)]
-    clips = render(scenes, height=height, width=width, num_frames=num_frames, seed=2)
+    clips = render(scenes, height=height, width=width, num_frames=num_frames, seed=2)[0]
     assert clips.shape == (6, 3, num_frames, height, width)
     assert clips.amin() >= -1 and clips.amax() <= 1
     pictures = to_uint8(clips)
@@ -85,14 +85,14 @@ def test_more_clips_take_no_more_operations() -> None:
     counts = []
     for times in (1, 8):
         with Operations() as operations:
-            render(scenes * times, height=16, width=16, num_frames=3, seed=1)
+            render(scenes * times, height=16, width=16, num_frames=3, seed=1)[0]
         counts.append(operations.count)
     assert 0 < counts[1] <= counts[0]
 
 
 def test_a_seed_gives_the_same_clip() -> None:
     """And another seed another one of the same scene."""
-    clips = [render([scene(Motion.UP)], height=64, width=64, num_frames=5, seed=seed) for seed in (1, 1, 2)]
+    clips = [render([scene(Motion.UP)], height=64, width=64, num_frames=5, seed=seed)[0] for seed in (1, 1, 2)]
     assert torch.equal(clips[0], clips[1]) and not torch.equal(clips[0], clips[2])
 
 
@@ -103,7 +103,7 @@ def test_a_seed_gives_the_same_clip() -> None:
 def test_things_stay_whole(motion: Motion, shape: Shape) -> None:
     """Whatever they do, no part of them leaves the picture, and none is lost or gained at the edges."""
     for size in Size:
-        clips = render([scene(motion, shape, size=size)] * 4, height=96, width=96, num_frames=9, seed=5)
+        clips = render([scene(motion, shape, size=size)] * 4, height=96, width=96, num_frames=9, seed=5)[0]
         for clip in clips:
             area = covered(clip)
             assert area.amax() / area.amin() < 1.06, (size, area)
@@ -113,7 +113,8 @@ def test_things_grow_shrink_and_appear() -> None:
     """By the area that they cover from first to last frame."""
     kinds = [Motion.GROW, Motion.SHRINK, Motion.APPEAR]
     grown, shrunk, appeared = map(
-        covered, render([scene(kind, size=Size.MEDIUM) for kind in kinds], height=96, width=96, num_frames=17, seed=6)
+        covered,
+        render([scene(kind, size=Size.MEDIUM) for kind in kinds], height=96, width=96, num_frames=17, seed=6)[0],
     )
     assert (grown.diff() > 0).all() and grown[-1] > 4 * grown[0]
     assert (shrunk.diff() < 0).all() and shrunk[0] > 4 * shrunk[-1]
@@ -123,7 +124,7 @@ def test_things_grow_shrink_and_appear() -> None:
 @pytest.mark.parametrize("camera", Camera)
 def test_the_camera_moves_everything(camera: Camera) -> None:
     """What stands still goes the other way, or comes closer, or goes away."""
-    [clip] = render([scene(Motion.STILL, camera=camera)], height=96, width=128, num_frames=9, seed=7)
+    [clip] = render([scene(Motion.STILL, camera=camera)], height=96, width=128, num_frames=9, seed=7)[0]
     red = (clip[0] > 0.5) & (clip[1] < -0.3)
     columns = torch.arange(128).float()
     centres = (red.sum(1) * columns).sum(1) / red.sum((1, 2))
@@ -134,7 +135,7 @@ def test_the_camera_moves_everything(camera: Camera) -> None:
 
 def test_what_is_near_a_thing() -> None:
     """Places of the latents that a thing touches in any of their frames, and those beside; none far away."""
-    _, cover = render_with_cover([scene(Motion.RIGHT)], height=96, width=128, num_frames=25, seed=3)
+    _, cover = render([scene(Motion.RIGHT)], height=96, width=128, num_frames=25, seed=3)
     near = near_things(cover)
     assert near.shape == (1, 7, 12, 16) and near.amax() == 1.0 and near.amin() == 0.0
     touched = cover[:, [0]] > 0.5
@@ -147,5 +148,5 @@ def test_what_is_near_a_thing() -> None:
 
 def test_cover_is_what_is_seen_of_things() -> None:
     """By the share of red on grey."""
-    clips, cover = render_with_cover([scene(Motion.GROW)], height=96, width=96, num_frames=17, seed=1)
+    clips, cover = render([scene(Motion.GROW)], height=96, width=96, num_frames=17, seed=1)
     assert torch.allclose(cover[0].sum((1, 2)), covered(clips[0]), rtol=0.01)

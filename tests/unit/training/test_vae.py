@@ -80,7 +80,7 @@ def test_it_learns() -> None:
     """Thirty steps on one rendered clip lower the loss by a quarter, and gradients reach every parameter."""
     vae = vaes.make_vae(seed=2)
     scenes = [draw_scene(random.Random(1))]
-    pixels = render(scenes, height=32, width=32, num_frames=5, seed=1)
+    pixels = render(scenes, height=32, width=32, num_frames=5, seed=1)[0]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
     losses = []
     for step in range(30):
@@ -104,7 +104,7 @@ def test_a_new_one_tells_clips_apart() -> None:
     def share(vae: AutoencoderKLWan) -> float:
         """Of the variance of what it makes, that between different clips."""
         scenes = [draw_scene(random.Random(number)) for number in range(6)]
-        pixels = render(scenes, height=32, width=32, num_frames=5, seed=1)
+        pixels = render(scenes, height=32, width=32, num_frames=5, seed=1)[0]
         with torch.no_grad(), vaes.whole_clips(vae):
             mean, _ = vaes.encode(vae, pixels)
             made = vaes.decode(vae, mean)
