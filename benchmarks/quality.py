@@ -17,18 +17,24 @@ from typing import Any
 
 import torch
 
+from training.adapters import COMPONENTS, merge
 from training.likeness import psnr, ssim
 from training.score import Score, examine
 from training.served import served_by
 from wan_grpc.pipeline import embedded
 
+_UNGUIDED = {"guidance_scale": 1.0, "guidance_scale_2": 1.0}
+_ADAPTER = "adapter"
+"""How cases end for which examples/lora/wan-tiny-4-steps is merged into the model."""
 CASES: dict[str, dict[str, Any]] = {
     "20 steps, guidance 4 (default)": {},
     "40 steps": {"num_inference_steps": 40},
     "12 steps": {"num_inference_steps": 12},
     "8 steps": {"num_inference_steps": 8},
     "4 steps": {"num_inference_steps": 4},
-    "guidance 1": {"guidance_scale": 1.0, "guidance_scale_2": 1.0},
+    "4 steps, guidance 1": {"num_inference_steps": 4, **_UNGUIDED},
+    "4 steps, guidance 1, adapter": {"num_inference_steps": 4, **_UNGUIDED},
+    "guidance 1": _UNGUIDED,
     "bfloat16": {"dtype": "bfloat16"},
 }
 
@@ -45,6 +51,12 @@ class Result:
 
 def measured(checkpoint: Path, reference: list[torch.Tensor], options: argparse.Namespace, case: str) -> Result:
     """Clips of `case` against those of `reference`, which become its clips if there are none yet."""
+    if case.endswith(_ADAPTER):
+        examples = Path(__file__).parents[1] / "examples/lora"
+        names = zip(COMPONENTS, ("high", "low"), strict=True)
+        files = {component: examples / f"wan-tiny-4-steps-{level}.safetensors" for component, level in names}
+        plain, checkpoint = checkpoint, checkpoint.with_name("merged")
+        merge(plain, files, checkpoint)
     generate = served_by(checkpoint, device=options.device, **CASES[case])
     generate(["a red star"], [0])  # warms up
     seconds = 0.0
@@ -73,7 +85,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CASES), help="besides the first")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
-    default, *others = CASES
+    default, *others = CASES if options.model == embedded.DEFAULT else [case for case in CASES if _ADAPTER not in case]
     reference: list[torch.Tensor] = []
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as directory:

@@ -8,7 +8,9 @@
     python -m training expert  --run DIR --role t2v-high --first base --seconds 150
     python -m training model   --run DIR --task t2v --out CHECKPOINT
     python -m training score   --model CHECKPOINT --sheet sheet.webp
-    python -m training lora    --run DIR --model CHECKPOINT --seconds 60
+    python -m training neon    --run DIR --model CHECKPOINT --seconds 60
+    python -m training distil  --run DIR --model CHECKPOINT --seconds 200
+    python -m training merge   --model CHECKPOINT --adapters FILE FILE --out CHECKPOINT
     python -m training package --t2v CHECKPOINT --ti2v CHECKPOINT --out wan_tiny
 
 To go on from the weights of the package, in a new directory:
@@ -26,23 +28,25 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from training import assemble, lora, stages
+from training import adapters, assemble, distil, neon, stages
 from training.experts import ROLES
-from training.generate import generator_of
+from training.first_frames import going_on
+from training.generate import generator_of, with_adapters
 from training.latents import SIZES, Size
 from training.loop import Plan
-from training.score import Score, examine
-from training.served import served_by
+from training.score import Generate, Score, examine, questions
+from training.served import animated_by, served_by
 from training.sheet import sheet
 from wan_grpc.config import CACHE_DIR
 from wan_grpc.domain.variants import Task
 from wan_grpc.pipeline import embedded
 
-_RATES = {"text": 2e-3, "vae": 1e-3, "expert": 1.5e-3, "lora": 3e-3}
-_WARM_UP = {"text": 100, "vae": 300, "expert": 100, "lora": 50}
+_RATES = {"text": 2e-3, "vae": 1e-3, "expert": 1.5e-3, "neon": 3e-3, "distil": 1e-3}
+_WARM_UP = {"text": 100, "vae": 300, "expert": 100, "neon": 50, "distil": 50}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -117,15 +121,35 @@ def _add_stages(commands: _Commands) -> None:
     expert.add_argument("--compile", action="store_true", help="its blocks, which takes a minute and then saves time")
 
 
+def _add_adapter(command: argparse.ArgumentParser, *, count: int) -> None:
+    command.add_argument("--model", required=True, help="checkpoint of --task t2v, or wan-tiny-t2v")
+    command.add_argument("--size", choices=[str(size) for size in SIZES], default=str(SIZES[1]))
+    command.add_argument("--count", type=int, default=count, help="clips that it learns from")
+
+
+def _add_adapters(command: argparse.ArgumentParser, *, is_required: bool) -> None:
+    told = "LoRA files, of the first and of the second expert"
+    command.add_argument("--adapters", type=Path, nargs=2, required=is_required, help=told)
+
+
 def _add_uses(commands: _Commands) -> None:
     model = commands.stage("model", lambda o: assemble.assemble(_work(o), Task(o.task), o.out))
     model.add_argument("--task", choices=[task.value for task in assemble.EXPERTS], required=True)
     model.add_argument("--out", type=Path, required=True)
-    styled = commands.trained("lora", _train_lora)
-    styled.add_argument("--model", required=True, help="checkpoint of --task t2v, or wan-tiny-t2v")
-    styled.add_argument("--size", choices=[str(size) for size in SIZES], default=str(SIZES[1]))
-    styled.add_argument("--count", type=int, default=2048, help="clips that are shown")
+    styled = commands.trained("neon", _train_neon)
+    _add_adapter(styled, count=2048)
     styled.add_argument("--num-tokens", type=int, default=23040, help="of a batch")
+    distilled = commands.trained("distil", _train_distil)
+    _add_adapter(distilled, count=8192)
+    distilled.add_argument("--few", type=int, default=4, help="steps that are to be enough")
+    distilled.add_argument("--num-clips", type=int, default=128, help="of a batch")
+    distilled.add_argument("--compile", action="store_true", help="blocks, which takes a minute and then saves time")
+    merged = commands.tool("merge", _merge)
+    merged.add_argument("--model", required=True, help="checkpoint, or the name of an embedded one")
+    _add_adapters(merged, is_required=True)
+    merged.add_argument("--steps", type=int, help="default of its requests")
+    merged.add_argument("--guidance-scale", type=float, help="likewise; 1 for none")
+    merged.add_argument("--out", type=Path, required=True, help="a new directory")
     package = commands.tool("package", _package)
     for task in assemble.EXPERTS:
         package.add_argument(f"--{task.value}", type=Path, required=True, help="its checkpoint")
@@ -137,6 +161,8 @@ def _add_uses(commands: _Commands) -> None:
     scored.add_argument("--served", action="store_true", help="by the server's own pipeline, one at a time")
     scored.add_argument("--count", type=int, default=100)
     scored.add_argument("--at-once", type=int, default=50)
+    scored.add_argument("--from-images", action="store_true", help="served, from first frames of drawn clips")
+    _add_adapters(scored, is_required=False)
     scored.add_argument("--steps", type=int, default=20)
     scored.add_argument("--guidance-scale", type=float, default=4.0)
     scored.add_argument("--size", choices=[str(size) for size in SIZES], default=str(SIZES[1]))
@@ -170,8 +196,8 @@ def _train_expert(options: argparse.Namespace) -> None:
     )
 
 
-def _train_lora(options: argparse.Namespace) -> None:
-    lora.train(
+def _train_neon(options: argparse.Namespace) -> None:
+    neon.train(
         _checkpoint(options.model),
         options.run,
         _plan(options),
@@ -180,6 +206,30 @@ def _train_lora(options: argparse.Namespace) -> None:
         num_tokens=options.num_tokens,
         device=options.device,
     )
+
+
+def _train_distil(options: argparse.Namespace) -> None:
+    distil.train(
+        _checkpoint(options.model),
+        options.run,
+        _plan(options),
+        size=_size(options.size),
+        count=options.count,
+        num_steps=options.few,
+        num_clips=options.num_clips,
+        device=options.device,
+        is_compiled=options.compile,
+    )
+
+
+def _merge(options: argparse.Namespace) -> None:
+    files = dict(zip(adapters.COMPONENTS, options.adapters, strict=True))
+    defaults: dict[str, Any] = {}
+    if options.steps is not None:
+        defaults["num_inference_steps"] = options.steps
+    if options.guidance_scale is not None:
+        defaults |= dict.fromkeys(("guidance_scale", "guidance_scale_2"), options.guidance_scale)
+    adapters.merge(_checkpoint(options.model), files, options.out, **defaults)
 
 
 def _package(options: argparse.Namespace) -> None:
@@ -207,18 +257,32 @@ def _score(options: argparse.Namespace) -> None:
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,
     }
-    if options.served:
-        generate = served_by(_checkpoint(options.model), device=str(options.device), **settings)
-    else:
-        generate = generator_of(_checkpoint(options.model), options.device, **settings)
+    ratios: list[float] = []
+    generate = _generating(options, settings, ratios)
     total, answers = examine(generate, options.count, at_once=options.at_once)
     _say(total)
+    if ratios:
+        mean = sum(ratios) / len(ratios)
+        sys.stdout.write(f"first frames: {mean:.1f} dB on average, {min(ratios):.1f} to {max(ratios):.1f}\n")
     if options.sheet is not None:
         rows = [(text, clip) for _, text, _, clip in answers[:16]]
         sheet(rows).save(options.sheet)
     if options.out is not None:
         verdicts = [{"caption": text, **asdict(verdict)} for _, text, verdict, _ in answers]
         options.out.write_text(json.dumps({"score": asdict(total), "answers": verdicts}, indent=1), encoding="utf-8")
+
+
+def _generating(options: argparse.Namespace, settings: dict[str, Any], ratios: list[float]) -> Generate:
+    checkpoint, device = _checkpoint(options.model), str(options.device)
+    if options.adapters and (options.served or options.from_images):
+        raise ValueError("--adapters: the server's own pipeline takes none yet; merge them into the checkpoint")
+    if options.from_images:
+        scenes = [scene for scene, _ in questions(options.count, seed=0)]
+        return going_on(animated_by(checkpoint, device=device, **settings), scenes, _size(options.size), ratios)
+    if options.served:
+        return served_by(checkpoint, device=device, **settings)
+    prepare = with_adapters(*options.adapters) if options.adapters else None
+    return generator_of(checkpoint, options.device, prepare=prepare, **settings)
 
 
 if __name__ == "__main__":

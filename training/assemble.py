@@ -13,6 +13,7 @@ from torch import nn
 
 from training import experts, latents
 from training import vae as vaes
+from training.adapters import WEIGHTS
 from training.loop import leave
 from training.stages import LATENTS, TEXT, VAE, Work, trained_expert, trained_text, trained_vae, untrained_text
 from training.text import text_config, words_tokenizer
@@ -40,7 +41,6 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
     "num_inference_steps": 20,
     "width": 128,
 }
-_WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 _SHARED: Final = ("text_encoder", "tokenizer", "vae")
 
 
@@ -93,13 +93,13 @@ def unpack(packaged: Path, work: Work) -> None:
     assert set(left_out.missing_keys) <= {"encoder.embed_tokens.weight"}, "the other name of what is shared"
     assert not left_out.unexpected_keys
     vae = vaes.make_vae(seed=0)
-    vae.load_state_dict(load_file(shared / "vae" / _WEIGHTS))
+    vae.load_state_dict(load_file(shared / "vae" / WEIGHTS))
     leave(reading, work.directory / TEXT)
     leave(vae, work.directory / VAE)
     for task, components in EXPERTS.items():
         for component, role in components.items():
             expert = experts.make_expert(seed=0)
-            expert.load_state_dict(load_file(packaged / task.value / component / _WEIGHTS))
+            expert.load_state_dict(load_file(packaged / task.value / component / WEIGHTS))
             leave(expert, work.directory / role)
 
 

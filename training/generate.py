@@ -14,7 +14,7 @@ from training.score import Generate
 
 
 def generator_of(
-    directory: Path, device: torch.device, *, prepare: Callable[[WanPipeline], None] | None = None, **settings: Any
+    directory: Path, device: torch.device, *, prepare: Callable[[Any], None] | None = None, **settings: Any
 ) -> Generate:
     """What generates with the checkpoint in `directory`; settings: of the call, such as num_inference_steps.
 
@@ -44,6 +44,18 @@ def animator_of(directory: Path, device: torch.device, **settings: Any) -> Calla
         return _to_uint8(made.frames[0])
 
     return animate
+
+
+def with_adapters(first: Path, second: Path) -> Callable[[Any], None]:
+    """What loads LoRA files into a pipeline's first and second expert."""
+
+    def prepare(pipeline: Any) -> None:
+        for file, is_second in ((first, False), (second, True)):
+            pipeline.load_lora_weights(
+                file.parent, weight_name=file.name, adapter_name=file.stem, load_into_transformer_2=is_second
+            )
+
+    return prepare
 
 
 def _load(cls: Any, directory: Path, device: torch.device) -> Any:

@@ -1,22 +1,23 @@
 """What the embedded models make of captions that they never saw, as the server makes it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
+from training.__main__ import main
+from training.first_frames import going_on
 from training.generate import generator_of
-from training.judge import Verdict, look, verdict
-from training.likeness import psnr
-from training.render import render, to_uint8
+from training.judge import Verdict, verdict
+from training.latents import SIZES
 from training.score import examine, questions, score
 from training.served import animated_by, served_by
 from training.world import Scene
 from wan_grpc.pipeline import embedded
 
 COUNT = 12
+ADAPTERS = Path(__file__).parents[2] / "examples/lora"
 pytestmark = pytest.mark.timeout(400)  # twelve videos by default settings, whichever test asks for them first
 
 
@@ -37,7 +38,7 @@ def test_its_videos_show_what_was_asked_for(answers: list[tuple[Scene, str, Verd
     print(reached)
     assert reached.colour >= 0.9
     assert reached.motion >= 0.85
-    assert reached.shape >= 0.75
+    assert reached.shape >= 0.8
 
 
 def test_the_score_can_fall(
@@ -53,18 +54,28 @@ def test_the_score_can_fall(
 
 def test_a_video_begins_with_its_image(directories: dict[str, Path]) -> None:
     """The first frame is the image as the VAE gives it back, and the thing in it goes on as the caption says."""
-    animate: Callable[[str, int, torch.Tensor], torch.Tensor] = animated_by(directories["wan-tiny-ti2v"])
-    right, ratios = 0, []
-    asked = questions(5, seed=1)
-    for seed, (scene, caption) in enumerate(asked):
-        clip = to_uint8(render([scene], height=96, width=128, num_frames=25, seed=seed)[0])[0]
-        made = animate(caption, seed, clip[0])
-        ratios.append(psnr(made[:1], clip[:1]))
-        seen = look(made)
-        right += bool(seen) and (seen[0].colour, seen[0].motion) == (scene.things[0].colour, scene.things[0].motion)
-    print(ratios, right)
+    scenes = [scene for scene, _ in questions(5, seed=1)]
+    ratios: list[float] = []
+    animate = animated_by(directories["wan-tiny-ti2v"])
+    reached, _ = examine(going_on(animate, scenes, SIZES[1], ratios), len(scenes), seed=1)
+    print(ratios, reached)
     assert min(ratios) > 22.0
-    assert right >= 3
+    assert reached.colour >= 0.6 and reached.motion >= 0.6
+
+
+def test_four_steps_are_enough_with_the_adapter(directories: dict[str, Path], tmp_path: Path) -> None:
+    """Merged into the model, without guidance, they show what was asked for, which four steps alone do not."""
+    files = [str(ADAPTERS / f"wan-tiny-4-steps-{level}.safetensors") for level in ("high", "low")]
+    model, made = str(directories["wan-tiny-t2v"]), tmp_path / "made"
+    merge = ["merge", "--model", model, "--adapters", *files, "--out", str(made)]
+    main([*merge, "--steps", "4", "--guidance-scale", "1"])
+    reached, _ = examine(served_by(made), 8)
+    hurried, _ = examine(served_by(directories["wan-tiny-t2v"], num_inference_steps=4), 8)
+    print(reached, hurried)
+    assert reached.colour >= 0.85 and reached.motion >= 0.75 and reached.shape >= 0.75
+    assert reached.everything > hurried.everything
+    with pytest.raises(SystemExit, match="made"):
+        main(merge)
 
 
 @pytest.mark.parametrize(

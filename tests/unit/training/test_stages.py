@@ -125,9 +125,9 @@ def test_an_adapter_leaves_experts_alone(run: Path) -> None:
     """In the same directory."""
     before = {path: path.read_bytes() for path in run.glob("t2v-*/*.pt")}
     length = f"--steps 1 --count 2 --size {SIZES[0]} --num-tokens 200 --device cpu".split()
-    main(["lora", "--run", str(run), "--model", str(run / "made-t2v"), *length])
+    main(["neon", "--run", str(run), "--model", str(run / "made-t2v"), *length])
     assert before == {path: path.read_bytes() for path in run.glob("t2v-*/*.pt")} != {}
-    assert len(list(run.glob("lora-t2v-*.safetensors"))) == 4
+    assert len(list(run.glob("neon-t2v-*.safetensors"))) == 4
 
 
 def test_a_good_vae_lets_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
