@@ -17,7 +17,7 @@ from wan_grpc.domain.topology import Topology
 from wan_grpc.domain.variants import Defaults, Expert, Limits, ModelCard, Task
 from wan_grpc.engine.bell import Bell, rang
 from wan_grpc.engine.group import GroupPlan
-from wan_grpc.engine.messages import MemoryUse, RankFailed, Ready, RunEnded, StepDone
+from wan_grpc.engine.messages import MemoryUse, News, PreviewMade, RankFailed, Ready, RunEnded, StepDone
 from wan_grpc.pipeline.checkpoint import Checkpoint
 
 CARD = ModelCard(
@@ -79,7 +79,7 @@ class FakeRun:
         self.video = video
         self.frames = frames
         self.is_cancelled = False
-        self.messages: asyncio.Queue[StepDone | RankFailed | RunEnded | ServiceError] = asyncio.Queue()
+        self.messages: asyncio.Queue[News | ServiceError] = asyncio.Queue()
         self.failure: Failure | None = None
         """Of the rank that failed first: no step is told after it, and the run ends in nothing else."""
         self.has_ended = False
@@ -109,6 +109,11 @@ class FakeRun:
             if (progress.stage, progress.step) == (stage, step):
                 return
         raise AssertionError(f"{stage} {step} is behind or not there")
+
+    def show(self, step: int, rgb: bytes) -> None:
+        """A preview of 4 x 2 pixels."""
+        self.messages.put_nowait(PreviewMade(step=step, width=4, height=2, rgb=rgb))
+        self.num_unheard += 1
 
     def finish(self) -> None:
         """All steps that are left, and a good end, as if no cancel had arrived in time."""
@@ -227,7 +232,7 @@ class FakeExecutor:
 
     async def run(
         self, generation: str, video: VideoRequest, frames: InputFrames, take_frame: Callable[[memoryview], None]
-    ) -> AsyncGenerator[StepDone | RankFailed | RunEnded, None]:
+    ) -> AsyncGenerator[News, None]:
         await self.wait_ready()
         assert self.running is None, "one generation at a time"
         run = self.running = FakeRun(generation, video, frames, take_frame)

@@ -20,7 +20,7 @@ from wan_grpc.domain.traffic import Exchange
 from wan_grpc.parallel.group import ExchangeBrokenError
 from wan_grpc.parallel.mesh import Mesh
 from wan_grpc.parallel.vae import Strip, StripDivision, split_vae
-from wan_grpc.pipeline import decode
+from wan_grpc.pipeline import decode, preview
 from wan_grpc.pipeline.image import ImageConditioner
 from wan_grpc.pipeline.strips import WHOLE, Strips
 
@@ -148,6 +148,11 @@ def frames_together(mesh: Mesh, name: str, *size: int) -> tuple[np.ndarray, list
     frames = torch.cat(list(decode.frames(vae, make_latents(name, *size), strips=strips, on_step=told.append)))
     steps = [(step.stage, step.step, step.total_steps, step.step_time_s is not None) for step in told]
     return frames.numpy(), steps
+
+
+def preview_together(mesh: Mesh, name: str, *size: int) -> np.ndarray:
+    vae, strips = make_divided(mesh, name)
+    return preview.picture(vae, make_latents(name, *size), strips=strips).numpy()
 
 
 def encode_images(
@@ -376,6 +381,16 @@ def test_rank_0_hands_frames_on(ranks: Crew, name: str) -> None:
     assert worst(torch.from_numpy(frames), expected) <= 1
     assert all(frames.shape == (0, *expected.shape[1:]) for frames, _ in others)
     assert all(steps == [(Stage.DECODE, step, 3, step > 0) for step in range(4)] for _, steps in told)
+
+
+@pytest.mark.parametrize("size", [SIZES["landscape"], SIZES["few rows"], (1, 1, 2)])
+@for_both
+def test_rank_0_hands_previews_on(ranks: Crew, name: str, size: tuple[int, int, int]) -> None:
+    """The picture of one rank within one level; others hand on none."""
+    picture, *others = ranks.run(preview_together, name, *size)
+    expected = preview.picture(make_vae(name), make_latents(name, *size))
+    assert picture.shape == expected.shape and worst(torch.from_numpy(picture), expected) <= 1
+    assert all(other.shape == (0, *expected.shape[1:]) for other in others)
 
 
 @pytest.mark.parametrize("shape", ["landscape", "portrait", "odd"])

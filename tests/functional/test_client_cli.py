@@ -14,6 +14,7 @@ from typing import Self
 
 import av
 import pytest
+from PIL import Image
 
 from tests.functional.live import ROOT, LiveServer, environment, eventually
 from wan_grpc.v1 import generation_pb2 as pb
@@ -25,6 +26,7 @@ from wan_grpc_client import (
     Completed,
     GenerationCancelledError,
     Options,
+    Preview,
     Progress,
     Reattaching,
     RefusedError,
@@ -284,6 +286,44 @@ def test_generate_writes_a_video_and_says_what_it_is(live: LiveServer, tmp_path:
     assert [line.split()[0] for line in done.stderr.splitlines() if "denoise" in line][:1] == ["denoise"]
 
 
+def test_a_preview_is_kept_beside_the_video(live: LiveServer, tmp_path: Path) -> None:
+    """The last one of those that were asked for, where it was asked for; the video is that without previews."""
+    path, picture = tmp_path / "cat.mp4", tmp_path / "now.webp"
+    flags = ("generate", "--prompt", "a cat", *SMALL_FLAGS, "--output", str(path))
+    plain = run(live, *flags)
+    done = run(live, *flags, "--preview", str(picture), "--preview-every-steps", "2")
+    assert (done.returncode, done.stdout) == (0, plain.stdout)
+    with Image.open(picture) as opened:
+        assert (opened.format, opened.size) == ("WEBP", (64, 48))
+    assert sorted(tmp_path.iterdir()) == [path, picture]
+    for wrong, sentence in (
+        (("--preview-every-steps", "2"), "--preview-every-steps: needs --preview"),
+        (("--preview", str(tmp_path / "no/such.webp")), "--preview: "),
+        (("--preview", str(picture), "--preview-every-steps=-1"), "--preview-every-steps: -1 is not between 0 and"),
+    ):
+        refused = run(live, *flags, *wrong)
+        assert refused.returncode == 2 and sentence in refused.stderr, refused.stderr
+    unwritable = run(live, *flags, "--preview", str(tmp_path))
+    assert unwritable.returncode == 0 and unwritable.stdout == plain.stdout
+    assert "no preview of step 4: " in unwritable.stderr
+
+
+def test_previews_of_every_step(live: LiveServer) -> None:
+    """Each follows its step, and they differ from step to step."""
+    previews: list[tuple[int, bytes]] = []
+    step = 0
+    with generate(live.address, "a cat", **SMALL, preview_every_steps=1) as generation:
+        for event in generation:
+            if isinstance(event, Progress) and event.stage == "denoise":
+                step = event.step
+            if isinstance(event, Preview):
+                assert (event.step, event.media_type) == (step, "image/webp")
+                previews.append((event.step, event.data))
+        assert generation.result().resolved.preview_every_steps == 1
+    assert previews and previews[-1][0] == 4
+    assert len({data for _, data in previews}) == len(previews)
+
+
 def test_the_small_commands(live: LiveServer, tmp_path: Path) -> None:
     """A generation is listed, looked at, downloaded, deleted, and then gone."""
     stream = live.make(pb.GenerationSpec(prompt="a cat", **SMALL))
@@ -396,6 +436,13 @@ def test_the_commands_for_formats(live: LiveServer, tmp_path: Path) -> None:
         "panda-8.mp4": length,
         "panda-9.mp4": length,
     }
+
+
+def test_the_commands_for_previews(live: LiveServer, tmp_path: Path) -> None:
+    """A video and the last picture of what was being made."""
+    run_printed(live, "preview", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"now.webp", "star.mp4"}
+    assert shape(tmp_path / "now.webp") == (1, 96, 128)
 
 
 def test_the_commands_for_images(live_i2v: LiveServer, tmp_path: Path, panda: Path) -> None:

@@ -154,6 +154,7 @@ REFUSED: dict[str, dict[str, list[Changes]]] = {
     "flow_shift": {"OUT_OF_RANGE": range_cases("flow_shift", 0.0, 100.00000000000001)},
     "boundary_ratio": {"OUT_OF_RANGE": range_cases("boundary_ratio", -5e-324, 1.0000000000000002)},
     "seed": {"OUT_OF_RANGE": [{"seed": -1}, {"seed": LEAST_64}]},
+    "preview_every_steps": {"OUT_OF_RANGE": [{"preview_every_steps": value} for value in (LEAST_32, -1, 201, MOST_32)]},
     "image": {"DOES_NOT_APPLY": [{"image": b""}, {"image": PICTURE}, {"image": bytes(2**20)}]},
     "last_image": {"DOES_NOT_APPLY": [{"last_image": b""}, {"last_image": PICTURE}]},
     "image_fit": {
@@ -205,6 +206,7 @@ ACCEPTED: dict[str, list[Changes]] = {
     "flow_shift": [{"flow_shift": value} for value in (5e-324, 1.0, 100.0)],
     "boundary_ratio": [{"boundary_ratio": value} for value in (-0.0, 0.0, 0.5, 1.0)],
     "seed": [{"seed": value} for value in (0, MOST_64)],
+    "preview_every_steps": [{"preview_every_steps": value} for value in (0, 1, 200)],
     "image": [{}],  # of a model that takes images, see below
     "last_image": [{}],
     "image_fit": [{"image_fit": pb.IMAGE_FIT_UNSPECIFIED}],
@@ -220,12 +222,10 @@ ACCEPTED: dict[str, list[Changes]] = {
     "detach_unlimited": [{"detach_unlimited": value} for value in (False, True)],
 }
 NOT_SERVED: dict[str, list[Changes]] = {
-    "preview_every_steps": [{"preview_every_steps": value} for value in (LEAST_32, -1, 1, MOST_32)],
     "adapters": [{"adapters": [pb.AdapterUse()]}, {"adapters": [pb.AdapterUse(name="adapters/a", scale=NAN)] * 20}],
     "acceleration_profile": [{"acceleration_profile": "x"}, {"acceleration_profile": "x" * 10_000}],
 }
 NOTHING_SAID: dict[str, list[Changes]] = {
-    "preview_every_steps": [{"preview_every_steps": 0}],
     "adapters": [{"adapters": []}],
     "acceleration_profile": [{"acceleration_profile": ""}],
 }
@@ -355,7 +355,7 @@ def test_everything_at_once(i2v: LiveServer) -> None:
         image_fit=99,
         output_format=pb.OUTPUT_FORMAT_JPEG,
         encoding=pb.EncodingOptions(bitrate_bps=-1, quality=0, pixel_format=99),
-        preview_every_steps=1,
+        preview_every_steps=-1,
         adapters=[pb.AdapterUse()],
         acceleration_profile="x",
         max_duration=duration(-1),

@@ -49,7 +49,7 @@ def test_model_lists_what_is_not_served(live: LiveServer) -> None:
     answer = live.stub.GetModel(service_pb2.GetModelRequest())
     fields = {part.field for part in answer.unserved if part.field}
     methods = {part.rpc for part in answer.unserved if part.rpc}
-    assert fields == {"spec.preview_every_steps", "spec.adapters", "spec.acceleration_profile"}
+    assert fields == {"spec.adapters", "spec.acceleration_profile"}
     adapters = "wan_grpc.v1.AdapterService"
     assert methods == {f"{adapters}/{name}" for name in ("LoadAdapter", "UnloadAdapter", "ListAdapters")}
     assert [0, *answer.model.output_formats] == pb.OutputFormat.values()

@@ -43,6 +43,7 @@ class GenerationRequest:
     flow_shift: float | None = None
     boundary_ratio: float | None = None
     seed: int | None = None
+    preview_every_steps: int | None = None
     image: bytes | None = None
     """The first image, as a file."""
     last_image: bytes | None = None
@@ -85,6 +86,12 @@ class VideoRequest:
     last_image_sha256: str = ""
     image_fit: ImageFit | None = None
     """How images were brought to the size of the video; None without images."""
+    preview_every_steps: int = 0
+    """Denoising steps from one preview to the next; 0 for no previews."""
+
+    def shows_preview_after(self, step: int) -> bool:
+        """Whether a preview is due when `step` steps, from 1, are denoised."""
+        return self.preview_every_steps > 0 and step % self.preview_every_steps == 0
 
     @property
     def frame_bytes(self) -> int:
@@ -165,6 +172,7 @@ def _filled(
         image_sha256=first.sha256 if first else "",
         last_image_sha256=last.sha256 if last else "",
         image_fit=_either(request.image_fit, ImageFit.COVER) if first or last else None,
+        preview_every_steps=_either(request.preview_every_steps, 0),
     )
 
 
@@ -230,6 +238,7 @@ def _number_violations(request: GenerationRequest, video: VideoRequest, card: Mo
             sentence = "this model has one expert, so there is no boundary between experts"
             yield Violation(field="spec.boundary_ratio", description=sentence, reason="DOES_NOT_APPLY")
     yield from _outside("spec.seed", video.seed, 0, MAX_SEED)
+    yield from _outside("spec.preview_every_steps", video.preview_every_steps, 0, steps)
 
 
 def _image_violations(

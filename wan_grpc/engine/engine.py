@@ -25,6 +25,7 @@ from wan_grpc.domain.events import (
     Failed,
     Generation,
     Heartbeat,
+    Preview,
     Progress,
     Queued,
     RankMemory,
@@ -53,10 +54,11 @@ from wan_grpc.engine.encoding import Encoding, storage_failure
 from wan_grpc.engine.executor import Executor
 from wan_grpc.engine.generation import GenerationLog, Running
 from wan_grpc.engine.intake import CountTokens, Intake, Prepared, fingerprint
-from wan_grpc.engine.messages import RankFailed, RunEnded, StepDone
+from wan_grpc.engine.messages import PreviewMade, RankFailed, RunEnded, StepDone
 from wan_grpc.engine.pace import Pace, remaining
 from wan_grpc.engine.queue import AdmissionQueue
 from wan_grpc.engine.replicas import Replica, Replicas
+from wan_grpc.media.pictures import PREVIEW_TYPE, preview
 from wan_grpc.media.video import describe
 from wan_grpc.store.artifacts import Spool, StorageFailedError
 from wan_grpc.store.frames import FramesAbortedError
@@ -521,12 +523,20 @@ class Engine:
                     run.encoding.abort()
                     self._begin_to_finish(job, run, None)
                     continue
+                if isinstance(message, PreviewMade):
+                    await self._take_preview(job, message)
+                    continue
                 if message.progress.stage is Stage.DECODE and run.info is not None:
                     await asyncio.wait([run.info])
                 self._take_step(job, run, message)
                 if run.failure is not None or run.encoding.put_failure is not None:
                     run.leave_ranks()
         raise AssertionError("the executor ended without RunEnded")
+
+    async def _take_preview(self, job: GenerationLog, made: PreviewMade) -> None:
+        data = await asyncio.to_thread(preview, made.rgb, width=made.width, height=made.height)
+        if not job.state.is_final:
+            job.log(Preview(step=made.step, media_type=PREVIEW_TYPE, data=data))
 
     def _take_step(self, job: GenerationLog, run: Running, done: StepDone) -> None:
         progress = done.progress

@@ -37,6 +37,8 @@ from wan_grpc.engine.messages import (
     Cancel,
     LoadFailed,
     MemoryUse,
+    News,
+    PreviewMade,
     RankFailed,
     Ready,
     Run,
@@ -157,7 +159,7 @@ class Executor:
 
     async def run(
         self, generation: str, video: VideoRequest, frames: InputFrames, take_frame: TakeFrame
-    ) -> AsyncGenerator[StepDone | RankFailed | RunEnded, None]:
+    ) -> AsyncGenerator[News, None]:
         """Compute one video; ends with RunEnded. Frames go to `take_frame` on another thread.
 
         RankFailed comes at most once, as soon as it is known; nothing but RunEnded follows, when the ranks have left.
@@ -174,8 +176,8 @@ class Executor:
         self._send(Run(generation=generation, video=video, frames=frames))
         is_failure_told = False
         while not isinstance(message := await self._next_message(events), RunEnded):
-            if isinstance(message, StepDone) and not run.failures:
-                yield self._with_slowest(message)
+            if not run.failures:
+                yield self._with_slowest(message) if isinstance(message, StepDone) else message
             elif not is_failure_told:
                 is_failure_told = True
                 yield _worst(run.failures)
@@ -184,11 +186,11 @@ class Executor:
         self._tell_traffic(message.traffic)
         yield message
 
-    async def _next_message(self, events: "asyncio.Queue[_Event]") -> StepDone | RankFailed | RunEnded:
+    async def _next_message(self, events: "asyncio.Queue[_Event]") -> News:
         event = await events.get()
         if isinstance(event, _Loss):
             raise self._dead(event)
-        assert isinstance(event, StepDone | RankFailed | RunEnded), event
+        assert isinstance(event, News), event
         return event
 
     def cancel(self, generation: str) -> None:
@@ -325,6 +327,8 @@ class Executor:
         match event:
             case StepDone(progress=progress):
                 self._watchdog.take(progress)
+            case PreviewMade():
+                self._watchdog.hear()
             case RankFailed():
                 return self._take_failure(event)
             case RunEnded():

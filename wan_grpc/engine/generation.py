@@ -6,7 +6,7 @@ Knows one generation. Does not know the queue, the ranks or other generations.
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from wan_grpc.domain.errors import CANCELLING_REASONS, Failure
@@ -15,6 +15,7 @@ from wan_grpc.domain.events import (
     Failed,
     Generation,
     LoggedEvent,
+    Preview,
     Progress,
     Queued,
     Record,
@@ -115,8 +116,17 @@ class GenerationLog:
 
     def log(self, event: LoggedEvent) -> None:
         assert not self.state.is_final or isinstance(event, Completed | Failed)
+        if isinstance(event, Preview):
+            self._drop_preview()
         self.records.append(Record(sequence=len(self.records) + 1, time_s=time.time(), event=event))
         self.changed.ring()
+
+    def _drop_preview(self) -> None:
+        """Forget the picture of the last preview, which a newer one makes pointless: of each log one is kept."""
+        for index in reversed(range(len(self.records))):
+            if isinstance(old := self.records[index].event, Preview):
+                self.records[index] = replace(self.records[index], event=replace(old, data=b""))
+                return
 
     def take_frames(self) -> InputFrames:
         """The pictures for the ranks, which are not kept here any longer."""
@@ -167,9 +177,24 @@ class GenerationLog:
         return self.artifact.size_bytes if self.artifact is not None else 0
 
     def after(self, sequence: int) -> tuple[Record, ...]:
-        """Records that follow `sequence`, less those that a later one makes pointless: old progress, old positions."""
+        """Records that follow `sequence`, less those that a later one makes pointless.
+
+        Those are old progress, old positions and old previews.
+        """
         new = self.records[sequence:]
-        return tuple(r for i, r in enumerate(new) if i + 1 == len(new) or not _superseded(r, new[i + 1]))
+        kept: list[Record] = []
+        following: Record | None = None
+        has_preview = False
+        for record in reversed(new):
+            if isinstance(record.event, Preview):
+                if not has_preview:
+                    kept.append(record)
+                has_preview = True
+            else:
+                if following is None or not _superseded(record, following):
+                    kept.append(record)
+                following = record
+        return tuple(reversed(kept))
 
     def snapshot(self) -> Generation:
         queued = self._last(Queued) if self.state is State.QUEUED else None

@@ -106,6 +106,16 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Of the step, by rank; empty when a stage began."""
 
 
+class PreviewMade(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rank 0 to the server: what the video is going to be, as far as this step of denoising can tell."""
+
+    step: int
+    width: int
+    height: int
+    rgb: bytes
+    """RGB24, row by row."""
+
+
 class FrameReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rank 0 to the server: one RGB24 frame stands in this slot of the ring."""
 
@@ -152,7 +162,9 @@ class RunEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 Order: TypeAlias = Run | Stop
 ToRank: TypeAlias = Run | Stop | Cancel | SlotFreed
-FromRank: TypeAlias = Ready | LoadFailed | StepDone | FrameReady | RankFailed | RunEnded
+FromRank: TypeAlias = Ready | LoadFailed | StepDone | PreviewMade | FrameReady | RankFailed | RunEnded
+News: TypeAlias = StepDone | PreviewMade | RankFailed | RunEnded
+"""What an executor tells of a generation."""
 
 _configs = msgspec.msgpack.Decoder(RankConfig)
 _encoder = msgspec.msgpack.Encoder()

@@ -184,6 +184,11 @@ class Watchdog:
         if self._awaited == "step":
             self._since = now
 
+    def hear(self) -> None:
+        """The ranks were at something that is no step, and the time of the next one begins."""
+        if self._awaited == "step":
+            self._since = self._now()
+
     def leave(self, why: str, *, with_new_links: bool = False) -> None:
         """The ranks were told to leave, and have the time of one step for it. `why`: in the words of a sentence.
 

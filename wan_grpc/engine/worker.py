@@ -26,6 +26,7 @@ from wan_grpc.engine.messages import (
     LoadFailed,
     MemoryUse,
     Order,
+    PreviewMade,
     RankAccount,
     RankConfig,
     RankFailed,
@@ -334,7 +335,12 @@ class RankRun:
         self._pipeline.text_encoder.forget()  # some ranks may remember what others have not heard
 
     def _compute(self) -> None:
-        slices = self._pipeline.generate(self._order.video, frames=self._order.frames, on_step=self._finish_step)
+        slices = self._pipeline.generate(
+            self._order.video,
+            frames=self._order.frames,
+            on_step=self._finish_step,
+            on_preview=self._show,
+        )
         with closing(slices):
             for frames in slices:
                 if self._mesh.is_first:
@@ -348,6 +354,13 @@ class RankRun:
             self._outlet.send(StepDone(progress=progress, times=agreed.times if progress.step else ()))
         if agreed.word != GO:
             raise LeaveRun(agreed.word)
+
+    def _show(self, step: int, pictures: torch.Tensor) -> None:
+        self._mesh.meter.lap()  # what waited for each other here is not of the next step
+        for picture in pictures:
+            height, width, _ = picture.shape
+            made = PreviewMade(step=step, width=width, height=height, rgb=picture.contiguous().numpy().tobytes())
+            self._outlet.send(made)
 
     def _agree(self, progress: Progress) -> Agreed:
         if progress.step == 0:

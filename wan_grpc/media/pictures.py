@@ -18,6 +18,17 @@ _FOR_EVER = b"\0\0"
 _NO_BLENDING = b"\x02"
 
 
+PREVIEW_TYPE = "image/webp"
+_PREVIEW_QUALITY = 80
+
+
+def preview(rgb: bytes, *, width: int, height: int) -> bytes:
+    """A file of PREVIEW_TYPE of RGB24 samples, fast rather than as small as can be."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", (width, height), rgb).save(file, format="WEBP", quality=_PREVIEW_QUALITY, method=0)
+    return file.getvalue()
+
+
 class PictureWriter:
     """The file of one frame, in one `write`."""
 

@@ -50,11 +50,14 @@ def denoise(
     schedule: Schedule,
     transformers: Mapping[Expert, WanTransformer],
     on_step: Callable[[Progress], None],
+    on_prediction: Callable[[int, torch.Tensor], None] | None = None,
     run_passes: RunPasses = run_in_turn,
 ) -> torch.Tensor:
     """From noise to the latents of a video. [1, C, F, h, w] in and out, fp32.
 
     `on_step` is called before the first step and whenever the device has finished one; what it raises leaves the loop.
+    on_prediction: called after every `video.preview_every_steps` of them with the number of the step, from 1, and the
+        latents that are predicted for the end, where previews are wanted.
     """
     total = len(schedule.timesteps)
     on_step(Progress(stage=Stage.DENOISE, step=0, total_steps=total))
@@ -70,6 +73,7 @@ def denoise(
             choice=choice,
             run_passes=run_passes,
         )
+        seen = latents
         latents = schedule.step(index, noise, latents)
         finished = Progress(
             stage=Stage.DENOISE,
@@ -79,6 +83,8 @@ def denoise(
             step_time_s=watch.finish(),
         )
         on_step(finished)
+        if on_prediction is not None and video.shows_preview_after(index + 1):
+            on_prediction(index + 1, condition.kept(schedule.predicted(index, noise, seen)))
     return condition.kept(latents)
 
 

@@ -24,9 +24,18 @@ class Schedule:
         self.device_timesteps: torch.Tensor = scheduler.timesteps
         """[num_inference_steps], int64, on the device: what the transformer is told."""
         self.num_train_timesteps: int = scheduler.config.num_train_timesteps
+        self.sigmas: tuple[float, ...] = tuple(scheduler.sigmas.tolist())
+        """Share of noise before each step, and after the last one."""
         # Left on the CPU, every step would copy them over and wait for each copy.
         scheduler.sigmas = scheduler.sigmas.to(device)
         self._scheduler = scheduler
+
+    def predicted(self, index: int, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The latents without noise to which the flow predicted at step `index` leads in a straight line.
+
+        [1, C, F, h, w] each, fp32; latents: before the step.
+        """
+        return latents - self.sigmas[index] * noise
 
     def step(self, index: int, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The latents one step further, from the flow predicted at step `index`. [1, C, F, h, w] each, fp32.

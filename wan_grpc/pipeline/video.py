@@ -13,7 +13,7 @@ from wan_grpc.domain.events import Progress, Stage
 from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.request import VideoRequest
 from wan_grpc.domain.variants import Expert
-from wan_grpc.pipeline import decode
+from wan_grpc.pipeline import decode, preview
 from wan_grpc.pipeline.denoise import Prompts, RunPasses, denoise, run_in_turn
 from wan_grpc.pipeline.device import Stopwatch
 from wan_grpc.pipeline.experts import is_guided
@@ -74,19 +74,31 @@ class VideoPipeline:
         return self.transformers[Expert.HIGH_NOISE].config["image_dim"] is not None
 
     def generate(
-        self, video: VideoRequest, *, frames: InputFrames = InputFrames(), on_step: Callable[[Progress], None]
+        self,
+        video: VideoRequest,
+        *,
+        frames: InputFrames = InputFrames(),
+        on_step: Callable[[Progress], None],
+        on_preview: Callable[[int, torch.Tensor], None] | None = None,
     ) -> Generator[torch.Tensor, None, None]:
         """The pictures of `video`, in order, as they are decoded: uint8 RGB [n, H, W, 3] on the CPU, 1 first, then 4s.
 
         frames: the images that it begins and ends with, at its size.
         on_step: called with step 0 when a stage starts and then whenever the device has finished a step of it. What it
             raises ends the video at once; nothing of it stays behind, and the next video is not affected.
+        on_preview: called after every `video.preview_every_steps` denoising steps with the number of the last of them
+            and what preview.picture makes of the latents that it predicts.
         """
-        latents = self.latents(video, frames=frames, on_step=on_step)
+        latents = self.latents(video, frames=frames, on_step=on_step, on_preview=on_preview)
         yield from decode.frames(self.vae, latents, strips=self.strips, on_step=on_step)
 
     def latents(
-        self, video: VideoRequest, *, frames: InputFrames = InputFrames(), on_step: Callable[[Progress], None]
+        self,
+        video: VideoRequest,
+        *,
+        frames: InputFrames = InputFrames(),
+        on_step: Callable[[Progress], None],
+        on_preview: Callable[[int, torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """The denoised latents of `video`, [1, C, F, h, w], fp32 on the device."""
         prompts = self._encode(video, on_step)
@@ -97,6 +109,11 @@ class VideoPipeline:
             num_inference_steps=video.num_inference_steps,
             device=self.device,
         )
+
+        def show(step: int, predicted: torch.Tensor) -> None:
+            assert on_preview is not None
+            on_preview(step, preview.picture(self.vae, predicted, strips=self.strips))
+
         return denoise(
             self._noise(video),
             video=video,
@@ -105,6 +122,7 @@ class VideoPipeline:
             schedule=schedule,
             transformers=self.transformers,
             on_step=on_step,
+            on_prediction=None if on_preview is None else show,
             run_passes=self.run_passes,
         )
 

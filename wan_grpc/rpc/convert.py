@@ -112,6 +112,7 @@ _COPIED_FIELDS = (
     "flow_shift",
     "boundary_ratio",
     "seed",
+    "preview_every_steps",
     "image",
     "last_image",
 )
@@ -307,6 +308,7 @@ def to_resolved(video: VideoRequest, max_duration_s: float | None, detach_grace_
         image_fit=None if video.image_fit is None else IMAGE_FITS[video.image_fit],
         output_format=OUTPUT_FORMATS[video.output_format],
         encoding=_to_encoding_options(video.encoding),
+        preview_every_steps=video.preview_every_steps,
         max_duration=_maybe(to_duration, max_duration_s),
     )
     if detach_grace_s == UNLIMITED_S:

@@ -9,7 +9,6 @@ _NO_ADAPTERS = "this server loads no adapters"
 
 UNSERVED_FIELDS: Mapping[str, str] = MappingProxyType(
     {
-        "spec.preview_every_steps": "this server makes no previews",
         "spec.adapters": _NO_ADAPTERS,
         "spec.acceleration_profile": "this server has no acceleration profiles: it always computes exactly",
     }

@@ -21,6 +21,7 @@ from wan_grpc_client.batch import DEFAULT_FORMAT, FIELDS, MAX_OUTPUTS, PICTURES,
 from wan_grpc_client.client import UNARY_TIMEOUT_S, Client
 from wan_grpc_client.display import error_lines, show_event, status_lines, status_row, video_lines
 from wan_grpc_client.errors import TryAgainError, WanGrpcError
+from wan_grpc_client.events import Preview
 from wan_grpc_client.following import Video
 from wan_grpc_client.model_table import model_lines
 from wan_grpc_client.request import Options, frame_size, generate_request, known_names
@@ -83,6 +84,11 @@ _JOB_FLAGS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 """Flags of `generate` that a line of a file of prompts may say, too, and what argparse is to know of them."""
 _CALL_FLAGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "preview-every-steps": {
+        "type": int,
+        "metavar": "N",
+        "help": "denoising steps from one picture in --preview to the next; unset: 1",
+    },
     "max-duration-s": {
         "type": float,
         "metavar": "SECONDS",
@@ -189,6 +195,10 @@ def _conflicts(asked: argparse.Namespace) -> Iterator[str]:
         yield "--output: stdout takes one video"
     elif asked.output is not None and asked.prompts_file is not None:
         yield "--output: not with --prompts-file, whose lines may have an output_file_name each"
+    if asked.preview_every_steps is not None and asked.preview is None:
+        yield "--preview-every-steps: needs --preview, where the pictures are kept"
+    if asked.preview is not None and not asked.preview.absolute().parent.is_dir():
+        yield f"--preview: {asked.preview.parent} is no directory"
     if asked.request_id is not None and not is_one:
         yield "--request-id: names one generation"
 
@@ -215,6 +225,8 @@ def _options(asked: argparse.Namespace, job: Job) -> Options:
     options = Options()
     for name in (flag.replace("-", "_") for flag in _CALL_FLAGS):
         options[name] = getattr(asked, name)  # type: ignore[literal-required]
+    if asked.preview is not None and asked.preview_every_steps is None:
+        options["preview_every_steps"] = 1
     for name in job.values.keys() - {"prompt"}:
         options[name] = job.values[name]  # type: ignore[literal-required]
     return options
@@ -230,12 +242,24 @@ def _make(client: Client, asked: argparse.Namespace, job: Job, bar: Bar, place: 
                 bar.wait(f"{place}waiting for {asked.address}")
                 for event in generation:
                     show_event(bar, event)
+                    if isinstance(event, Preview) and asked.preview is not None:
+                        _keep_preview(asked.preview, event, bar)
                 return generation.result()
         except TryAgainError as error:
             if not place or error.reason not in _FULL:
                 raise
             bar.wait(f"{place}{error.message}; trying again")
             time.sleep(error.retry_after_s or _FULL_RETRY_S)
+
+
+def _keep_preview(path: Path, preview: Preview, bar: Bar) -> None:
+    """Put the picture in the place of the one before it. A video is not given up for a picture that cannot be kept."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        scratch.write_bytes(preview.data)
+        scratch.replace(path)
+    except OSError as error:
+        bar.say(f"no preview of step {preview.step}: {_os_sentence(error)}")
 
 
 def _tell_failure(asked: argparse.Namespace, job: Job, error: WanGrpcError | OSError) -> int:
@@ -303,6 +327,12 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--output", metavar="FILE", help="where to write it; -: stdout; unset: video.mp4, picture.png..."
     )
     generate.add_argument("--output-path", type=Path, default=Path(), metavar="DIR", help="directory of files")
+    generate.add_argument(
+        "--preview",
+        type=Path,
+        metavar="FILE",
+        help="where to keep a small picture (WebP) of what is being made, a newer one in the place of an older one",
+    )
     for name, options in {**_JOB_FLAGS, **_CALL_FLAGS}.items():
         generate.add_argument(f"--{name}", *_OTHER_NAMES.get(name, ()), **options)
 

@@ -44,6 +44,8 @@ class Resolved:
     bitrate_bps: int | None
     quality: int | None
     pixel_format: str | None
+    preview_every_steps: int
+    """0: no previews."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +246,7 @@ def _read_resolved(spec: pb.ResolvedSpec) -> Resolved:
         bitrate_bps=_if_set(encoding, "bitrate_bps", int),
         quality=_if_set(encoding, "quality", int),
         pixel_format=word(pb.PixelFormat, encoding.pixel_format) if encoding.pixel_format else None,
+        preview_every_steps=spec.preview_every_steps,
     )
 
 

@@ -46,6 +46,8 @@ class Options(TypedDict, total=False):
     flow_shift: float | None
     boundary_ratio: float | None
     seed: int | None
+    preview_every_steps: int | None
+    """Denoising steps from one `Preview` to the next; unset: no previews."""
     output_format: str | None
     """E.g. `mp4_h264` (the default), `mkv_ffv1` (lossless) or `png`; `get_model()` tells what each can do."""
     crf: int | None

@@ -66,6 +66,7 @@ RESOLVED = Resolved(
     bitrate_bps=None,
     quality=None,
     pixel_format="yuv420p",
+    preview_every_steps=0,
 )
 ACCEPTED = Accepted(resolved=RESOLVED, warnings=("the prompt is long",))
 INFO = VideoInfo(output_format="mp4_h264", media_type="video/mp4", width=64, height=48, num_frames=5, fps=8)

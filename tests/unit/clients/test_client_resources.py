@@ -86,6 +86,7 @@ def status(**values: Any) -> GenerationStatus:
             bitrate_bps=None,
             quality=None,
             pixel_format=None,
+            preview_every_steps=0,
         ),
     }
     return GenerationStatus(**{**nothing, **given, **values})
@@ -133,6 +134,7 @@ def test_a_generation_is_read_whole(server: ScriptedServer, ask: Ask) -> None:
             bitrate_bps=None,
             quality=None,
             pixel_format="yuv420p",
+            preview_every_steps=0,
         ),
         warnings=("long",),
         create_time_s=10.5,

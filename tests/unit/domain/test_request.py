@@ -87,6 +87,8 @@ def ask(**changes: object) -> GenerationRequest:
         ({"boundary_ratio": 1.0}, {"boundary_ratio": 1.0}),
         ({"seed": 0}, {"seed": 0}),
         ({"seed": MAX_SEED}, {"seed": MAX_SEED}),
+        ({"preview_every_steps": 0}, {"preview_every_steps": 0}),
+        ({"preview_every_steps": 100}, {"preview_every_steps": 100}),
         ({"output_format": OutputFormat.RAW_RGB24}, {"output_format": OutputFormat.RAW_RGB24, "encoding": RAW}),
         # What bounds the job does not change the video.
         ({"request_id": ID, "max_duration_s": 1e-9, "detach_grace_s": 0.0}, {}),
@@ -309,6 +311,7 @@ EDGES: list[tuple[Any, ...]] = [
     *((("flow_shift", value, None)) for value in (sys.float_info.min, 1.0, 100.0)),
     *number("boundary_ratio", low=0.0, high=1.0, step=0.001),
     *number("seed", low=0, high=MAX_SEED, step=1),
+    *number("preview_every_steps", low=0, high=100, step=1),
     ("image", b"cat", "DOES_NOT_APPLY"),
     ("image", b"", "DOES_NOT_APPLY"),
     ("image", None, None),

@@ -25,6 +25,7 @@ from wan_grpc.engine.messages import (
     FrameReady,
     FromRank,
     MemoryUse,
+    PreviewMade,
     RankFailed,
     Run,
     RunEnded,
@@ -123,17 +124,25 @@ class ScriptedPipeline:
         self.text_encoder = Memory()
         self.num_freed = 0
         self.is_closed = False
+        self.preview = torch.arange(24, dtype=torch.uint8).view(1, 2, 4, 3)
         self._error = error
         self._error_at = error_at
 
     def generate(
-        self, video: VideoRequest, *, frames: InputFrames, on_step: Callable[[Progress], None]
+        self,
+        video: VideoRequest,
+        *,
+        frames: InputFrames,
+        on_step: Callable[[Progress], None],
+        on_preview: Callable[[int, torch.Tensor], None],
     ) -> Iterator[torch.Tensor]:
         num_frames = 0
         try:
             for index, progress in enumerate(steps_of(video)):
                 self._maybe_raise(index)
                 on_step(progress)
+                if progress.stage is Stage.DENOISE and progress.step and video.shows_preview_after(progress.step):
+                    on_preview(progress.step, self.preview)
                 if progress.stage is Stage.DECODE and progress.step:
                     count = 1 if progress.step == 1 else 4
                     yield torch.stack([picture(video, num_frames + k) for k in range(count)])
@@ -264,6 +273,27 @@ def test_ranks_run_a_video_in_step(server: Server) -> None:
     assert [seat.words for seat in seats] == [[worker.GO] * (len(STEPS) + 1)] * 2
     assert [seat.links for seat in seats] == [[], []]
     assert [(pipeline.is_closed, pipeline.num_freed) for pipeline in pipelines] == [(True, 1)] * 2
+
+
+def test_rank_0_shows_previews(server: Server) -> None:
+    """After the step that each belongs to, with its size; ranks that hold none of the picture show none."""
+    order = Run(generation="generations/1", video=replace(VIDEO, preview_every_steps=2))
+    pipelines = ScriptedPipeline(), ScriptedPipeline()
+    pipelines[1].preview = torch.empty((0, 2, 4, 3), dtype=torch.uint8)
+    others = Told()
+    with running(server, *pipelines, order=order, others=others) as (futures, _):
+        ends(futures)
+    said = server.rest()
+    shown = [index for index, message in enumerate(said) if isinstance(message, PreviewMade)]
+    due = [step for step in range(1, VIDEO.num_inference_steps + 1) if step % 2 == 0]
+    assert (
+        [said[index] for index in shown]
+        == [PreviewMade(step=step, width=4, height=2, rgb=bytes(range(24))) for step in due]
+        != []
+    )
+    before = [said[index - 1] for index in shown]
+    assert [message.progress.step for message in before if isinstance(message, StepDone)] == due
+    assert not others.said
 
 
 def test_each_step_is_told_with_the_time_of_every_rank(server: Server) -> None:

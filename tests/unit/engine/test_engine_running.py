@@ -1,11 +1,13 @@
 import asyncio
 import errno
 import hashlib
+import io
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageStat
 
 from tests.bench import Bench, eventually
 from tests.fake_ranks import raw_video, steps_of
@@ -13,6 +15,7 @@ from wan_grpc.domain.errors import Failure, Reason, ServiceError
 from wan_grpc.domain.events import (
     Accepted,
     Completed,
+    Preview,
     Progress,
     Queued,
     RankMemory,
@@ -149,6 +152,38 @@ async def test_the_ranks_of_a_step_are_compared(bench: Bench) -> None:
     assert bench.seen(StepEnded) == [StepEnded(name=generation.name, expert=Expert.LOW_NOISE, seconds=2.0, skew_s=1.25)]
     run.finish()
     await watcher.to_end()
+
+
+async def test_previews_stand_after_their_steps(bench: Bench) -> None:
+    """Each is a WebP picture of its pixels. A later watcher is told the last one alone, and the log keeps no other."""
+    generation = await bench.submit(preview_every_steps=1)
+    watcher = bench.watch(generation.name)
+    run = await bench.executor.run_number(1)
+    run.reach(Stage.DENOISE, 1)
+    run.show(1, bytes([200, 30, 30]) * 8)
+    await watcher.saw(Stage.DENOISE, 1)
+    await eventually(lambda: len(watcher.find(Preview)) == 1, "a preview")
+    run.reach(Stage.DENOISE, 2)
+    run.show(2, bytes([30, 30, 200]) * 8)
+    await eventually(lambda: len(watcher.find(Preview)) == 2, "another preview")
+    run.finish()
+    await watcher.to_end()
+    told = [
+        event.step
+        for event in watcher.logged
+        if isinstance(event, Preview) or (isinstance(event, Progress) and event.stage is Stage.DENOISE and event.step)
+    ]
+    assert told[:4] == [1, 1, 2, 2] and [event.step for event in watcher.find(Preview)] == [1, 2]
+    for preview, channel in zip(watcher.find(Preview), (0, 2), strict=True):
+        assert preview.media_type == "image/webp"
+        with Image.open(io.BytesIO(preview.data)) as picture:
+            assert (picture.format, picture.size) == ("WEBP", (4, 2))
+            mean = ImageStat.Stat(picture.convert("RGB")).mean
+            assert max(range(3), key=mean.__getitem__) == channel
+    late = await bench.watch(generation.name).to_end()
+    assert [event.step for event in late.find(Preview)] == [2]
+    kept = [record.event for record in bench.engine._generations[generation.name].records]
+    assert [(event.step, bool(event.data)) for event in kept if isinstance(event, Preview)] == [(1, False), (2, True)]
 
 
 async def test_the_remaining_time_is_measured(bench: Bench) -> None:

@@ -34,7 +34,18 @@ from wan_grpc.domain.traffic import Exchange, RankTime, Traffic
 from wan_grpc.engine import watchdog
 from wan_grpc.engine.executor import Executor, RestartPolicy
 from wan_grpc.engine.group import GroupEvent, GroupPlan, LeftBehindError, RanksDied, TakeFrame
-from wan_grpc.engine.messages import Cancel, FromRank, RankFailed, Ready, Run, RunEnded, StepDone, ToRank
+from wan_grpc.engine.messages import (
+    Cancel,
+    FromRank,
+    News,
+    PreviewMade,
+    RankFailed,
+    Ready,
+    Run,
+    RunEnded,
+    StepDone,
+    ToRank,
+)
 from wan_grpc.engine.watchdog import Expected, Patience, StepTimes
 from wan_grpc.pipeline.checkpoint import Checkpoint
 
@@ -158,7 +169,7 @@ class Computation:
         self.name = name
         self.video = video
         self.frames: list[bytes] = []
-        self.messages: list[StepDone | RankFailed | RunEnded] = []
+        self.messages: list[News] = []
         self._ranks = ranks
         self._task = asyncio.create_task(self._follow(ranks.executor))
         ranks.tasks.append(self._task)
@@ -306,6 +317,19 @@ async def test_a_later_step(ranks: Ranks) -> None:
         "the ranks that computed this video hung: no step came for 22 s, and it was expected within 4 s; "
         "they are being started again"
     )
+
+
+async def test_a_preview_is_not_of_the_next_step(ranks: Ranks) -> None:
+    """The time of a step begins again when a preview is there, and is no longer for it."""
+    computation = await ranks.begin()
+    await computation.reach(Stage.DENOISE, seconds=1.0)
+    await computation.step(Stage.DENOISE, 1, seconds=4.0)
+    await ranks.pass_time(20.0)
+    await computation.say(PreviewMade(step=1, width=1, height=1, rgb=bytes(3)))
+    await ranks.are_trusted_for(3 * 4.0 + GRACE_S - 1.0)
+    assert await ranks.given_up_after(3) == within(1.0)
+    assert "no step came for 22 s, and it was expected within 4 s" in (await computation.failure()).message
+    assert isinstance(computation.messages[-1], PreviewMade)
 
 
 async def test_a_first_step_learned_from_an_earlier_generation(ranks: Ranks) -> None:

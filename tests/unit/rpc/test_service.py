@@ -164,14 +164,14 @@ async def test_what_is_only_not_served_is_unimplemented(stub: VideoGenerationSer
         ({}, grpc.StatusCode.UNIMPLEMENTED),
         ({"width": 7}, grpc.StatusCode.INVALID_ARGUMENT),
     ):
-        spec = pb.GenerationSpec(prompt="x", preview_every_steps=5, adapters=[pb.AdapterUse()], **changes)
+        spec = pb.GenerationSpec(prompt="x", acceleration_profile="x", adapters=[pb.AdapterUse()], **changes)
         code, sentence, details = await refusal(rest(stub.Generate(api.GenerateRequest(spec=spec))))
         named = [violation.field for violation in details["BadRequest"].field_violations]
         assert (code, set(named)) == (
             expected,
-            {"spec.preview_every_steps", "spec.adapters", *(f"spec.{name}" for name in changes)},
+            {"spec.acceleration_profile", "spec.adapters", *(f"spec.{name}" for name in changes)},
         )
-        assert "spec.preview_every_steps: this server makes no previews" in sentence
+        assert "spec.adapters: this server loads no adapters" in sentence
 
 
 async def test_a_full_queue_says_when_to_try_again(engine: FakeEngine, stub: VideoGenerationServiceStub) -> None:
