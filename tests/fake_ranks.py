@@ -110,9 +110,9 @@ class FakeRun:
                 return
         raise AssertionError(f"{stage} {step} is behind or not there")
 
-    def show(self, step: int, rgb: bytes) -> None:
+    def show(self, step: int, rgb: bytes, *, time_s: float = 0.0) -> None:
         """A preview of 4 x 2 pixels."""
-        self.messages.put_nowait(PreviewMade(step=step, width=4, height=2, rgb=rgb))
+        self.messages.put_nowait(PreviewMade(step=step, width=4, height=2, rgb=rgb, time_s=time_s))
         self.num_unheard += 1
 
     def finish(self) -> None:

@@ -44,6 +44,7 @@ from training.sheet import sheet
 from wan_grpc.config import CACHE_DIR
 from wan_grpc.domain.variants import Task
 from wan_grpc.pipeline import embedded
+from wan_grpc.pipeline.checkpoint import locate, read_card
 
 _RATES = {"text": 2e-3, "vae": 1e-3, "expert": 1.5e-3, "neon": 3e-3, "distil": 1e-3}
 _WARM_UP = {"text": 100, "vae": 300, "expert": 100, "neon": 50, "distil": 50}
@@ -277,6 +278,8 @@ def _generating(options: argparse.Namespace, settings: dict[str, Any], ratios: l
     if options.adapters and (options.served or options.from_images):
         raise ValueError("--adapters: the server's own pipeline takes none yet; merge them into the checkpoint")
     if options.from_images:
+        if not read_card(locate(str(checkpoint), load_format="auto"), model_id=options.model).takes_image:
+            raise ValueError(f"--from-images: {options.model} makes videos from text alone")
         scenes = [scene for scene, _ in questions(options.count, seed=0)]
         return going_on(animated_by(checkpoint, device=device, **settings), scenes, _size(options.size), ratios)
     if options.served:

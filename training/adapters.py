@@ -22,7 +22,7 @@ RANK: Final = 8
 COMPONENTS: Final = {"transformer": "t2v-high", "transformer_2": "t2v-low"}
 """Of a checkpoint, in the order in which they work, and the roles of their experts."""
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
-_DOWN: Final = ".lora_A.weight"
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _MATRICES: Final = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
 """Of each attention: in diffusers' names and in the published checkpoint's own."""
 _ATTENTIONS: Final = {"attn1": "self_attn", "attn2": "cross_attn"}
@@ -98,12 +98,12 @@ def _merged(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Ten
     """`tensors` with what the adapter in `file` adds, whose alpha is its rank."""
     adapter = {name.removeprefix("transformer."): value.float() for name, value in load_file(file).items()}
     stems = {name.removesuffix(_DOWN) for name in adapter if name.endswith(_DOWN)}
-    if not stems:
-        raise ValueError(f"{file}: no adapter in PEFT's layout")
+    if not stems or adapter.keys() != {stem + end for stem in stems for end in (_DOWN, _UP)}:
+        raise ValueError(f"{file}: no adapter in PEFT's layout, of lora_A and lora_B alone")
     made = dict(tensors)
     for stem in sorted(stems):
         own = tensors.get(f"{stem}.weight")
-        up, down = adapter[f"{stem}.lora_B.weight"], adapter[stem + _DOWN]
+        up, down = adapter[stem + _UP], adapter[stem + _DOWN]
         if own is None or own.shape != (len(up), down.shape[1]):
             raise ValueError(f"{file}: the expert has no {stem}.weight of {len(up)} x {down.shape[1]}")
         made[f"{stem}.weight"] = (own.float() + up @ down).to(own.dtype)

@@ -4,9 +4,9 @@ import random
 import pytest
 
 from tests.bench import Watcher, eventually
-from tests.distributed.live import LONG, Live, name_of
+from tests.distributed.live import LONG, Frames, Live, name_of
 from wan_grpc.domain.errors import Failure, Reason
-from wan_grpc.domain.events import Progress, Stage, State
+from wan_grpc.domain.events import Preview, Progress, Stage, State
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -22,6 +22,21 @@ model, which the allocator gives back or not; a leak of one video a cancel would
 def live(request: pytest.FixtureRequest) -> Live:
     """One rank, and two."""
     return request.getfixturevalue(request.param)
+
+
+async def test_previews_cost_no_video(live: Live, reference: bytes) -> None:
+    """With one after every step the video is the same; a cancel among them leaves the same ranks, which go on."""
+    pids = live.pids
+    watcher = await (await live.begin(preview_every_steps=1)).to_end()
+    assert Frames(watcher.video) == reference
+    steps = watcher.records[0].event.video.num_inference_steps  # type: ignore[union-attr]
+    assert watcher.find(Preview)[-1].step == steps
+    watcher = await live.reach(Stage.DENOISE, 2, prompt=f"never seen {random.random()}", preview_every_steps=1)
+    await live.engine.cancel(name_of(watcher))
+    await watcher.to_end()
+    assert watcher.failure == CANCELLED
+    assert await live.make() == reference
+    assert live.pids == pids
 
 
 @pytest.mark.parametrize(("stage", "step"), [(Stage.TEXT, 0), (Stage.DENOISE, 2), (Stage.DECODE, 2)])

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -59,6 +60,9 @@ CASES: dict[str, tuple[Task, VideoRequest, int]] = {
 }
 
 
+PREVIEWED = ["ti2v", "ti2v with an image"]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[Task, str]:
     """Directories of a tiny checkpoint for each task, whose experts hear the text."""
@@ -109,6 +113,40 @@ def make_together(mesh: Mesh, directory: str, video: VideoRequest, num_images: i
 def alone(directory: str, case: str) -> tuple[torch.Tensor, torch.Tensor]:
     _, video, num_images = CASES[case]
     return make(open_pipeline(directory), video, num_images)
+
+
+def show(pipeline: VideoPipeline, video: VideoRequest, num_images: int) -> list[torch.Tensor]:
+    """The previews of a video."""
+    told: list[torch.Tensor] = []
+    frames = InputFrames(first=picture(video.width, video.height, 0).tobytes() if num_images else None)
+    watched = replace(video, preview_every_steps=1)
+    pipeline.latents(
+        watched, frames=frames, on_step=tiny.ignore, on_preview=lambda step, pictures, time_s: told.append(pictures)
+    )
+    return told
+
+
+def show_together(mesh: Mesh, directory: str, video: VideoRequest, num_images: int) -> Any:
+    return [pictures.numpy() for pictures in show(divided(mesh, directory), video, num_images)]
+
+
+@cache
+def shown_alone(directory: str, case: str) -> list[torch.Tensor]:
+    _, video, num_images = CASES[case]
+    return show(open_pipeline(directory), video, num_images)
+
+
+@pytest.mark.parametrize("case", PREVIEWED)
+def test_previews_on_every_topology(group: Crew, models: dict[Task, str], case: str) -> None:
+    """Of every step the picture of one rank, within 1/255, out of rank 0; none out of the others."""
+    task, video, num_images = CASES[case]
+    expected = shown_alone(models[task], case)
+    first, *others = group.run(show_together, models[task], video, num_images)
+    assert len(first) == len(expected) == video.num_inference_steps
+    for theirs, ours in zip(first, expected, strict=True):
+        assert int((torch.from_numpy(theirs).int() - ours.int()).abs().max()) <= PIXELS
+    assert all(len(pictures) == 0 for told in others for pictures in told)
+    assert all((one.int() - other.int()).abs().max() > PIXELS for one, other in pairwise(expected))
 
 
 @pytest.mark.parametrize("case", CASES)

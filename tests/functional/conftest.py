@@ -12,6 +12,11 @@ from wan_grpc.pipeline.tiny import make_tiny_model
 TIMEOUT_S = 120
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For whoever has trained the embedded models anew."""
+    parser.addoption("--wan-tiny", type=Path, help="what `python -m training package` wrote, instead of the package's")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test of this folder that lasts too long fails as others do, and so its servers are ended."""
     for item in items:

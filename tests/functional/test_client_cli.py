@@ -298,12 +298,14 @@ def test_a_preview_is_kept_beside_the_video(live: LiveServer, tmp_path: Path) ->
     assert sorted(tmp_path.iterdir()) == [path, picture]
     for wrong, sentence in (
         (("--preview-every-steps", "2"), "--preview-every-steps: needs --preview"),
-        (("--preview", str(tmp_path / "no/such.webp")), "--preview: "),
+        (("--preview", str(tmp_path / "no/such.webp")), "no is no directory"),
+        (("--preview", str(tmp_path)), "is a directory"),
+        (("--preview", "."), "is a directory"),
         (("--preview", str(picture), "--preview-every-steps=-1"), "--preview-every-steps: -1 is not between 0 and"),
     ):
         refused = run(live, *flags, *wrong)
         assert refused.returncode == 2 and sentence in refused.stderr, refused.stderr
-    unwritable = run(live, *flags, "--preview", str(tmp_path))
+    unwritable = run(live, *flags, "--preview", "/proc/now.webp", "--preview-every-steps", "2")
     assert unwritable.returncode == 0 and unwritable.stdout == plain.stdout
     assert "no preview of step 4: " in unwritable.stderr
 

@@ -22,8 +22,11 @@ pytestmark = pytest.mark.timeout(400)  # twelve videos by default settings, whic
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: embedded.ensure_embedded(name, tmp_path_factory.mktemp("models")) for name in embedded.NAMES}
+def directories(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    with pytest.MonkeyPatch.context() as patched:
+        if packaged := pytestconfig.getoption("--wan-tiny", default=None):
+            patched.setattr(embedded, "FILES", packaged)
+        return {name: embedded.ensure_embedded(name, tmp_path_factory.mktemp("models")) for name in embedded.NAMES}
 
 
 @pytest.fixture(scope="module")

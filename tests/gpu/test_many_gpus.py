@@ -18,9 +18,9 @@ import torch
 from tests import tiny
 from tests.distributed import faults
 from tests.distributed.crew import Crew, crew
-from tests.distributed.live import Live, live_ranks, name_of
+from tests.distributed.live import Frames, Live, live_ranks, name_of
 from wan_grpc.domain.errors import Reason
-from wan_grpc.domain.events import Stage, State
+from wan_grpc.domain.events import Preview, Stage, State
 from wan_grpc.domain.observations import GroupReady, GroupRestarting
 from wan_grpc.domain.topology import Topology
 from wan_grpc.engine.executor import RestartPolicy
@@ -283,6 +283,18 @@ async def test_a_gpu_rank_that_dies_or_hangs(live: Live, what: str) -> None:
     print(f"{what}: told after {told_s:.2f} s, loaded in {ready.load_s:.2f} s")
     assert told_s < (ENDED_S if what == "kill" else 3.0 + 3.0 + ENDED_S)
     assert not set(pids) & set(live.pids)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_previews(live: Live) -> None:
+    """After every step; the video is the same, on the same ranks, and so is the next one."""
+    reference, pids = await live.make(), live.pids
+    watcher = await (await live.begin(preview_every_steps=1)).to_end()
+    assert Frames(watcher.video) == reference
+    steps = watcher.records[0].event.video.num_inference_steps  # type: ignore[union-attr]
+    assert watcher.find(Preview)[-1].step == steps
+    assert await live.make() == reference
+    assert live.pids == pids
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -90,8 +90,8 @@ class VideoRequest:
     """Denoising steps from one preview to the next; 0 for no previews."""
 
     def shows_preview_after(self, step: int) -> bool:
-        """Whether a preview is due when `step` steps, from 1, are denoised."""
-        return self.preview_every_steps > 0 and step % self.preview_every_steps == 0
+        """Whether a preview is due when `step` steps are denoised."""
+        return step > 0 and self.preview_every_steps > 0 and step % self.preview_every_steps == 0
 
     @property
     def frame_bytes(self) -> int:

@@ -267,8 +267,8 @@ class Engine:
     async def watch(self, name: str, *, after: int = 0, from_offset: int = 0) -> AsyncGenerator[Record, None]:
         """What happened after record `after`, the video from byte `from_offset`, and then all that follows.
 
-        Ends after Completed or Failed. Closing it only detaches. Progress and queue positions that a newer one has
-        replaced by the time the watcher reads on are skipped; nothing else is, and no byte is.
+        Ends after Completed or Failed. Closing it only detaches. Progress, queue positions and previews that a
+        newer one has replaced by the time the watcher reads on are skipped; nothing else is, and no byte is.
         """
         job = self._find(name)
         self._attach(job)
@@ -534,7 +534,12 @@ class Engine:
         raise AssertionError("the executor ended without RunEnded")
 
     async def _take_preview(self, job: GenerationLog, made: PreviewMade) -> None:
-        data = await asyncio.to_thread(preview, made.rgb, width=made.width, height=made.height)
+        job.clock.previews_s += made.time_s
+        try:
+            data = await asyncio.to_thread(preview, made.rgb, width=made.width, height=made.height)
+        except Exception:  # noqa: BLE001  whatever is wrong with a picture, it must not cost the video
+            structlog.get_logger().exception("a preview could not be encoded", step=made.step)
+            return
         if not job.state.is_final:
             job.log(Preview(step=made.step, media_type=PREVIEW_TYPE, data=data))
 
@@ -571,9 +576,10 @@ class Engine:
         job.log(replace(progress, eta_s=eta_s))
 
     def _enter(self, job: GenerationLog, stage: Stage) -> None:
+        previews_s = job.clock.previews_s
         ended = job.clock.enter(stage)
         if ended is not None:
-            self._pace.learn(ended.stage, job.video, ended.seconds)
+            self._pace.learn(ended.stage, job.video, max(0.0, ended.seconds - previews_s))
             self._observe(StageEnded(name=job.name, stage=ended.stage, seconds=ended.seconds))
 
     def _take_end(self, job: GenerationLog, run: Running, ended: RunEnded) -> None:

@@ -328,7 +328,7 @@ class Executor:
             case StepDone(progress=progress):
                 self._watchdog.take(progress)
             case PreviewMade():
-                self._watchdog.hear()
+                self._watchdog.take_preview()
             case RankFailed():
                 return self._take_failure(event)
             case RunEnded():

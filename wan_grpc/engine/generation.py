@@ -41,11 +41,13 @@ class StageClock:
     stage: Stage | None = None
     began: float = 0.0
     times: tuple[StageTime, ...] = ()
+    previews_s: float = 0.0
+    """Of the stage that runs, what previews took, which other videos need not have."""
 
     def enter(self, stage: Stage) -> StageTime | None:
         """Begin `stage`; the time of the one before it, if there was one."""
         ended = self.leave()
-        self.stage, self.began = stage, time.monotonic()
+        self.stage, self.began, self.previews_s = stage, time.monotonic(), 0.0
         return ended
 
     def leave(self) -> StageTime | None:
@@ -189,6 +191,7 @@ class GenerationLog:
             if isinstance(record.event, Preview):
                 if not has_preview:
                     kept.append(record)
+                    following = None  # the step that it belongs to stays before it
                 has_preview = True
             else:
                 if following is None or not _superseded(record, following):

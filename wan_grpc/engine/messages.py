@@ -114,6 +114,8 @@ class PreviewMade(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     height: int
     rgb: bytes
     """RGB24, row by row."""
+    time_s: float
+    """That the device took for it."""
 
 
 class FrameReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -27,6 +27,8 @@ _LEAST_TEXT_S: Final = 1.0
 """What takes less may be texts that were encoded before, which tell nothing."""
 _SLICE: Final = 4
 """Pictures of one latent frame."""
+_SLICES: Final = 3
+"""Of the video, that a preview decodes."""
 _TYPICAL_FROM: Final[Mapping[Stage, int]] = MappingProxyType({Stage.IMAGE: 3, Stage.DENOISE: 1, Stage.DECODE: 2})
 """The first step of a stage that takes as long as the ones after it. Before it come a look at the image and a slice of
 one picture, where later ones have four; and each text may or may not be one that was encoded before."""
@@ -149,6 +151,7 @@ class Watchdog:
         self._awaited = ""
         self._links_s = 0.0
         self._extra_s = 0.0
+        self._preview_s = 0.0
         self._since = self._now()
         self._stopped_s: dict[int, float] = {}
         self._is_taking = False
@@ -169,6 +172,7 @@ class Watchdog:
         self._longest, self._stages_timed = {}, set()
         self._awaited = "step"
         self._extra_s = 0.0
+        self._preview_s = 0.0
         self._since = self._now()
 
     def take(self, progress: Progress) -> None:
@@ -181,13 +185,29 @@ class Watchdog:
         if _is_typical(progress) or progress.step == progress.total_steps:
             self._stages_timed.add(progress.stage)
         self._last = progress
+        self._preview_s = self._bound_of_preview_s(progress)
         if self._awaited == "step":
             self._since = now
 
-    def hear(self) -> None:
-        """The ranks were at something that is no step, and the time of the next one begins."""
+    def take_preview(self) -> None:
+        """It is there, and the time of the next step begins."""
+        self._preview_s = 0.0
         if self._awaited == "step":
             self._since = self._now()
+
+    def _bound_of_preview_s(self, progress: Progress) -> float:
+        """How long the ranks may be at the preview that follows this step; 0 for none.
+
+        It is some slices of decoding, of which the first is no longer than the others.
+        """
+        video = self._video
+        if video is None or progress.stage is not Stage.DENOISE or not video.shows_preview_after(progress.step):
+            return 0.0
+        slice_of = self._times.expect(Stage.DECODE, video, is_first=self._is_first(Stage.DECODE, video))
+        if slice_of is None:
+            return self._patience.bound_s(None)
+        taken = {"seconds": _SLICES * slice_of.seconds, "measured_s": _SLICES * slice_of.measured_s}
+        return self._patience.bound_s(Expected(**taken))
 
     def leave(self, why: str, *, with_new_links: bool = False) -> None:
         """The ranks were told to leave, and have the time of one step for it. `why`: in the words of a sentence.
@@ -269,6 +289,8 @@ class Watchdog:
             setting = f"allowed are {_FACTOR:g} times that and {self._grace()}"
         if self._extra_s:
             setting += f", and {self._extra_s:.3g} s for new links between the ranks"
+        if self._preview_s:
+            setting += f", and {self._preview_s:.3g} s for a preview"
         named = "".join(f"; {rank} is stopped" for rank in self._stopped())
         return Hang(detail=f"no {self._awaited} came for {silent_s:.3g} s, and {usual}{named}", setting=setting)
 
@@ -279,7 +301,9 @@ class Watchdog:
         return f"--watchdog-grace-s {self._patience.grace_s:g}"
 
     def _bound_s(self) -> float:
-        return math.inf if self._video is None else self._patience.bound_s(self._expected()) + self._extra_s
+        if self._video is None:
+            return math.inf
+        return self._patience.bound_s(self._expected()) + self._extra_s + self._preview_s
 
     def _expected(self) -> Expected | None:
         """How long the step under way should take; None while that is not known, and when there is none."""

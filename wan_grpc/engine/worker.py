@@ -355,12 +355,12 @@ class RankRun:
         if agreed.word != GO:
             raise LeaveRun(agreed.word)
 
-    def _show(self, step: int, pictures: torch.Tensor) -> None:
-        self._mesh.meter.lap()  # what waited for each other here is not of the next step
+    def _show(self, step: int, pictures: torch.Tensor, time_s: float) -> None:
+        self._mesh.meter.lap()  # what was waited for here is not of the next step
         for picture in pictures:
             height, width, _ = picture.shape
-            made = PreviewMade(step=step, width=width, height=height, rgb=picture.contiguous().numpy().tobytes())
-            self._outlet.send(made)
+            rgb = picture.contiguous().numpy().tobytes()
+            self._outlet.send(PreviewMade(step=step, width=width, height=height, rgb=rgb, time_s=time_s))
 
     def _agree(self, progress: Progress) -> Agreed:
         if progress.step == 0:

@@ -3,7 +3,8 @@
 Knows which latents are looked at and how the picture becomes small. Does not know who looks.
 """
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from wan_grpc.pipeline.decode import slices, to_pictures
 from wan_grpc.pipeline.strips import WHOLE, Strips
 
+OnPreview: TypeAlias = Callable[[int, torch.Tensor, float], None]
+"""Called with the number of the step, from 1, what `picture` made, and the seconds that the device took for it."""
 LONGEST_SIDE: Final = 256
 """Pixels that a preview has at most."""
 

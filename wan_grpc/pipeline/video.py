@@ -20,6 +20,7 @@ from wan_grpc.pipeline.experts import is_guided
 from wan_grpc.pipeline.image import Condition, ImageConditioner
 from wan_grpc.pipeline.image_encoder import ImageEncoder
 from wan_grpc.pipeline.latents import draw_noise, latent_shape
+from wan_grpc.pipeline.preview import OnPreview
 from wan_grpc.pipeline.schedule import Schedule
 from wan_grpc.pipeline.strips import WHOLE, Strips
 from wan_grpc.pipeline.text import TextEncoder
@@ -79,15 +80,14 @@ class VideoPipeline:
         *,
         frames: InputFrames = InputFrames(),
         on_step: Callable[[Progress], None],
-        on_preview: Callable[[int, torch.Tensor], None] | None = None,
+        on_preview: OnPreview | None = None,
     ) -> Generator[torch.Tensor, None, None]:
         """The pictures of `video`, in order, as they are decoded: uint8 RGB [n, H, W, 3] on the CPU, 1 first, then 4s.
 
         frames: the images that it begins and ends with, at its size.
         on_step: called with step 0 when a stage starts and then whenever the device has finished a step of it. What it
             raises ends the video at once; nothing of it stays behind, and the next video is not affected.
-        on_preview: called after every `video.preview_every_steps` denoising steps with the number of the last of them
-            and what preview.picture makes of the latents that it predicts.
+        on_preview: called after every `video.preview_every_steps` denoising steps, with a picture of what they predict.
         """
         latents = self.latents(video, frames=frames, on_step=on_step, on_preview=on_preview)
         yield from decode.frames(self.vae, latents, strips=self.strips, on_step=on_step)
@@ -98,7 +98,7 @@ class VideoPipeline:
         *,
         frames: InputFrames = InputFrames(),
         on_step: Callable[[Progress], None],
-        on_preview: Callable[[int, torch.Tensor], None] | None = None,
+        on_preview: OnPreview | None = None,
     ) -> torch.Tensor:
         """The denoised latents of `video`, [1, C, F, h, w], fp32 on the device."""
         prompts = self._encode(video, on_step)
@@ -112,7 +112,9 @@ class VideoPipeline:
 
         def show(step: int, predicted: torch.Tensor) -> None:
             assert on_preview is not None
-            on_preview(step, preview.picture(self.vae, predicted, strips=self.strips))
+            watch = Stopwatch(self.device)
+            pictures = preview.picture(self.vae, predicted, strips=self.strips)
+            on_preview(step, pictures, watch.finish())
 
         return denoise(
             self._noise(video),

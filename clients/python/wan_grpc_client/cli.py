@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. In
 
 import argparse
 import functools
+import secrets
 import signal
 import sys
 import time
@@ -33,6 +34,8 @@ WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130
 SIGNALLED: Final = 128
 _STDOUT: Final = "-"
+_PREVIEW_EVERY: Final = 5
+_TOKEN_BYTES: Final = 8
 
 
 def _size(text: str) -> str:
@@ -87,7 +90,7 @@ _CALL_FLAGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "preview-every-steps": {
         "type": int,
         "metavar": "N",
-        "help": "denoising steps from one picture in --preview to the next; unset: 1",
+        "help": f"denoising steps from one picture in --preview to the next; unset: {_PREVIEW_EVERY}",
     },
     "max-duration-s": {
         "type": float,
@@ -197,7 +200,9 @@ def _conflicts(asked: argparse.Namespace) -> Iterator[str]:
         yield "--output: not with --prompts-file, whose lines may have an output_file_name each"
     if asked.preview_every_steps is not None and asked.preview is None:
         yield "--preview-every-steps: needs --preview, where the pictures are kept"
-    if asked.preview is not None and not asked.preview.absolute().parent.is_dir():
+    if asked.preview is not None and asked.preview.is_dir():
+        yield f"--preview: {asked.preview} is a directory"
+    elif asked.preview is not None and not asked.preview.absolute().parent.is_dir():
         yield f"--preview: {asked.preview.parent} is no directory"
     if asked.request_id is not None and not is_one:
         yield "--request-id: names one generation"
@@ -226,7 +231,7 @@ def _options(asked: argparse.Namespace, job: Job) -> Options:
     for name in (flag.replace("-", "_") for flag in _CALL_FLAGS):
         options[name] = getattr(asked, name)  # type: ignore[literal-required]
     if asked.preview is not None and asked.preview_every_steps is None:
-        options["preview_every_steps"] = 1
+        options["preview_every_steps"] = _PREVIEW_EVERY
     for name in job.values.keys() - {"prompt"}:
         options[name] = job.values[name]  # type: ignore[literal-required]
     return options
@@ -254,10 +259,13 @@ def _make(client: Client, asked: argparse.Namespace, job: Job, bar: Bar, place: 
 
 def _keep_preview(path: Path, preview: Preview, bar: Bar) -> None:
     """Put the picture in the place of the one before it. A video is not given up for a picture that cannot be kept."""
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN_BYTES)}.part")
     try:
-        scratch.write_bytes(preview.data)
-        scratch.replace(path)
+        try:
+            scratch.write_bytes(preview.data)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
     except OSError as error:
         bar.say(f"no preview of step {preview.step}: {_os_sentence(error)}")
 

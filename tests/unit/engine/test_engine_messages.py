@@ -39,7 +39,7 @@ FROM_RANK = [
             stage=Stage.DENOISE, step=3, total_steps=40, expert=Expert.LOW_NOISE, step_time_s=1.5, eta_s=9.0
         )
     ),
-    PreviewMade(step=3, width=2, height=1, rgb=b"\0\xff\0\1\2\3"),
+    PreviewMade(step=3, width=2, height=1, rgb=b"\0\xff\0\1\2\3", time_s=0.5),
     FrameReady(slot=0),
     RunEnded(generation="generations/1", memory=(MemoryUse(used_bytes=1, peak_bytes=2),)),
     RunEnded(generation="generations/1", memory=(), cancelled=True),

@@ -1,6 +1,7 @@
 """The rank loop with ranks that are threads, a pipeline that does what a test says, and the test as the server."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from wan_grpc.engine.worker import Alarm, Outlet, RankRun
 from wan_grpc.parallel.group import ExchangeBrokenError
 from wan_grpc.parallel.mesh import Agreed, PeersLostError
 from wan_grpc.parallel.meter import Meter
+from wan_grpc.pipeline.preview import OnPreview
 
 VIDEO = resolve(ask(), CARD, fallback_seed=0)
 STEPS = list(steps_of(VIDEO))
@@ -134,7 +136,7 @@ class ScriptedPipeline:
         *,
         frames: InputFrames,
         on_step: Callable[[Progress], None],
-        on_preview: Callable[[int, torch.Tensor], None],
+        on_preview: OnPreview,
     ) -> Iterator[torch.Tensor]:
         num_frames = 0
         try:
@@ -142,7 +144,8 @@ class ScriptedPipeline:
                 self._maybe_raise(index)
                 on_step(progress)
                 if progress.stage is Stage.DENOISE and progress.step and video.shows_preview_after(progress.step):
-                    on_preview(progress.step, self.preview)
+                    self.before_preview()
+                    on_preview(progress.step, self.preview, 0.25)
                 if progress.stage is Stage.DECODE and progress.step:
                     count = 1 if progress.step == 1 else 4
                     yield torch.stack([picture(video, num_frames + k) for k in range(count)])
@@ -150,6 +153,9 @@ class ScriptedPipeline:
             self._maybe_raise(len(list(steps_of(video))))
         finally:
             self.is_closed = True
+
+    def before_preview(self) -> None:
+        """What the ranks do for it."""
 
     def free_memory(self) -> None:
         self.num_freed += 1
@@ -288,12 +294,48 @@ def test_rank_0_shows_previews(server: Server) -> None:
     due = [step for step in range(1, VIDEO.num_inference_steps + 1) if step % 2 == 0]
     assert (
         [said[index] for index in shown]
-        == [PreviewMade(step=step, width=4, height=2, rgb=bytes(range(24))) for step in due]
+        == [PreviewMade(step=step, width=4, height=2, rgb=bytes(range(24)), time_s=0.25) for step in due]
         != []
     )
     before = [said[index - 1] for index in shown]
     assert [message.progress.step for message in before if isinstance(message, StepDone)] == due
     assert not others.said
+
+
+def test_what_is_waited_for_at_a_preview_is_of_no_step(server: Server) -> None:
+    """The next step's waiting is its own."""
+    order = Run(generation="generations/1", video=replace(VIDEO, preview_every_steps=1))
+    seated = threading.Event()
+
+    class Waiting(ScriptedPipeline):
+        def before_preview(self) -> None:
+            assert seated.wait(10.0)
+            with seats[1].meter.timing(Exchange.VAE):
+                time.sleep(0.01)
+
+    with running(server, ScriptedPipeline(), Waiting(), order=order) as (futures, seats):
+        seated.set()
+        first, _ = ends(futures)
+    told = [message for message in server.rest() if isinstance(message, StepDone)]
+    assert all(each.waited_s == 0.0 for message in told for each in message.times)
+    assert [traffic.kind for traffic in first.traffic[1]] == [Exchange.VAE]
+
+
+def test_a_cancel_is_seen_after_a_preview(server: Server) -> None:
+    """One that comes while a preview is made ends the run at the next step, and nothing of it is told twice."""
+    order = Run(generation="generations/1", video=replace(VIDEO, preview_every_steps=1))
+
+    class Cancelled(ScriptedPipeline):
+        def before_preview(self) -> None:
+            server.send(Cancel(generation="generations/1"))
+
+    with running(server, Cancelled(), ScriptedPipeline(), order=order) as (futures, _):
+        first, second = ends(futures)
+    assert first.cancelled and second.cancelled
+    said = server.rest()
+    steps = [message.progress.step for message in said if isinstance(message, StepDone)]
+    assert [message.step for message in said if isinstance(message, PreviewMade)] == [1]
+    assert steps[-1] == 2
 
 
 def test_each_step_is_told_with_the_time_of_every_rank(server: Server) -> None:

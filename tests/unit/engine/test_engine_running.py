@@ -186,6 +186,63 @@ async def test_previews_stand_after_their_steps(bench: Bench) -> None:
     assert [(event.step, bool(event.data)) for event in kept if isinstance(event, Preview)] == [(1, False), (2, True)]
 
 
+async def test_a_step_stays_before_its_preview(bench: Bench) -> None:
+    """For a watcher that comes late, too: older steps and previews are left out, the pair is not."""
+    generation = await bench.submit(preview_every_steps=1)
+    run = await bench.executor.run_number(1)
+    run.reach(Stage.DENOISE, 1)
+    run.show(1, bytes(24))
+    run.reach(Stage.DENOISE, 2)
+    run.show(2, bytes(24))
+    run.reach(Stage.DENOISE, 3)
+    await bench.heard()
+    await eventually(lambda: run.num_unheard == 0, "everything is heard")
+    watcher = bench.watch(generation.name)
+    run.finish()
+    await watcher.to_end()
+    kinds = [
+        (type(event), event.step)
+        for event in watcher.logged
+        if isinstance(event, Preview) or (isinstance(event, Progress) and event.stage is Stage.DENOISE)
+    ]
+    assert kinds == [(Progress, 2), (Preview, 2), (Progress, 3)]
+
+
+async def test_a_preview_that_cannot_be_encoded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left out; its video and the next one come to their ends."""
+
+    def fail(rgb: bytes, *, width: int, height: int) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(engine_module, "preview", fail)
+    generation, following = await bench.submit(preview_every_steps=1), await bench.submit(watched=False)
+    watcher = bench.watch(generation.name)
+    run = await bench.executor.run_number(1)
+    run.reach(Stage.DENOISE, 1)
+    run.show(1, bytes(24))
+    run.finish()
+    await watcher.to_end()
+    assert not watcher.find(Preview) and watcher.find(Completed)
+    (await bench.executor.run_number(2)).finish()
+    await bench.ended(following.name)
+    assert bench.states(following.name) == [State.SUCCEEDED]
+
+
+async def test_previews_are_no_measure_of_other_videos(bench: Bench) -> None:
+    """What they took is not learned as the time of denoising."""
+    generation = await bench.submit(preview_every_steps=1)
+    watcher = bench.watch(generation.name)
+    run = await bench.executor.run_number(1)
+    run.reach(Stage.DENOISE, 1)
+    await asyncio.sleep(0.3)
+    run.show(1, bytes(24), time_s=0.3)
+    run.finish()
+    await watcher.to_end()
+    denoise_s = next(ended.seconds for ended in bench.seen(StageEnded) if ended.stage is Stage.DENOISE)
+    learned_s = bench.engine._pace.expect(Stage.DENOISE, generation.video)
+    assert denoise_s >= 0.3 and learned_s == pytest.approx(denoise_s - 0.3)
+
+
 async def test_the_remaining_time_is_measured(bench: Bench) -> None:
     """From the second video on a time is told with every step, and it shrinks to nothing at the end."""
     await bench.succeed()

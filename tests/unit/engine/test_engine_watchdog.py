@@ -319,17 +319,54 @@ async def test_a_later_step(ranks: Ranks) -> None:
     )
 
 
+PREVIEW = PreviewMade(step=1, width=1, height=1, rgb=bytes(3), time_s=20.0)
+
+
 async def test_a_preview_is_not_of_the_next_step(ranks: Ranks) -> None:
     """The time of a step begins again when a preview is there, and is no longer for it."""
-    computation = await ranks.begin()
+    computation = await ranks.begin(preview_every_steps=1)
     await computation.reach(Stage.DENOISE, seconds=1.0)
     await computation.step(Stage.DENOISE, 1, seconds=4.0)
     await ranks.pass_time(20.0)
-    await computation.say(PreviewMade(step=1, width=1, height=1, rgb=bytes(3)))
+    await computation.say(PREVIEW)
     await ranks.are_trusted_for(3 * 4.0 + GRACE_S - 1.0)
     assert await ranks.given_up_after(3) == within(1.0)
     assert "no step came for 22 s, and it was expected within 4 s" in (await computation.failure()).message
-    assert isinstance(computation.messages[-1], PreviewMade)
+    assert computation.messages[-1] == PREVIEW
+
+
+async def test_a_preview_has_the_time_of_decoding(ranks: Ranks) -> None:
+    """Beside that of the step: of three slices where one was timed, and else of a first step; not where none is due."""
+    computation = await ranks.begin(preview_every_steps=2)
+    await computation.reach(Stage.DENOISE, seconds=1.0)
+    await computation.step(Stage.DENOISE, 1, seconds=4.0)
+    await computation.step(Stage.DENOISE, 2, seconds=4.0)
+    await ranks.are_trusted_for(3 * 4.0 + GRACE_S + FIRST_S - 1.0)
+    await computation.say(PREVIEW)
+    for step in (3, 4):
+        await computation.step(Stage.DENOISE, step, seconds=4.0)
+    await computation.say(PREVIEW)
+    await computation.step(Stage.DECODE, 0)
+    for step in range(1, 5):
+        await computation.step(Stage.DECODE, step, seconds=8.0)
+    await computation.end()
+    again = await ranks.begin("h", preview_every_steps=2)
+    await again.reach(Stage.DENOISE, seconds=1.0)
+    await again.step(Stage.DENOISE, 1, seconds=4.0)
+    await again.step(Stage.DENOISE, 2, seconds=4.0)
+    assert await ranks.given_up_after(200) == within(3 * 4.0 + GRACE_S + 3 * 3 * 8.0 + GRACE_S)
+
+
+async def test_no_preview_is_told_after_a_failure(ranks: Ranks) -> None:
+    """The failure is what is told, and then the end."""
+    computation = await ranks.begin(preview_every_steps=1)
+    await computation.reach(Stage.DENOISE, seconds=1.0)
+    failed = RankFailed(generation=computation.name, rank=1, failure=INTERNAL)
+    for message in (failed, PREVIEW):
+        await computation.say(message)
+    await computation.end(INTERNAL)
+    assert [type(message) for message in computation.messages[-2:]] == [RankFailed, RunEnded]
+    assert PREVIEW not in computation.messages
 
 
 async def test_a_first_step_learned_from_an_earlier_generation(ranks: Ranks) -> None:

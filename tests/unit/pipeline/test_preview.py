@@ -1,12 +1,20 @@
 """What is shown of a video while it is denoised."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests import tiny
+from tests.tiny_images import picture
+from wan_grpc.domain.images import InputFrames
+from wan_grpc.domain.variants import Expert, Task
 from wan_grpc.pipeline import preview
+from wan_grpc.pipeline.checkpoint import locate
 from wan_grpc.pipeline.decode import slices, to_pictures
+from wan_grpc.pipeline.load import load
 from wan_grpc.pipeline.schedule import Schedule
+from wan_grpc.pipeline.tiny import make_tiny_model
 from wan_grpc.pipeline.video import VideoPipeline
 
 Shown = list[tuple[int, torch.Tensor]]
@@ -18,7 +26,7 @@ def shown(pipeline: VideoPipeline, **changes: object) -> Shown:
         pipeline.generate(
             tiny.video(**changes),
             on_step=tiny.ignore,
-            on_preview=lambda step, pictures: told.append((step, pictures)),
+            on_preview=lambda step, pictures, _: told.append((step, pictures)),
         )
     )
     return told
@@ -55,11 +63,45 @@ def test_they_come_nearer_to_the_video(pipeline: VideoPipeline) -> None:
     video = tiny.video(preview_every_steps=1, num_frames=9)
     told: list[torch.Tensor] = []
     frames = torch.cat(
-        list(pipeline.generate(video, on_step=tiny.ignore, on_preview=lambda _, pictures: told.append(pictures[0])))
+        list(pipeline.generate(video, on_step=tiny.ignore, on_preview=lambda _, pictures, __: told.append(pictures[0])))
     )
     away = [(picture.float() - frames[4].float()).abs().mean() for picture in told]
     assert away[-1] < 0.5 * away[0]
     assert away[-1] < 8
+
+
+def test_the_first_step_shows_what_it_predicts(pipeline: VideoPipeline) -> None:
+    """From pure noise: the noise less the guided flow, as both passes of the expert say it, decoded."""
+    video = tiny.video(preview_every_steps=1)
+    flows: list[torch.Tensor] = []
+    transformer = pipeline.transformers[Expert.HIGH_NOISE]
+    hook = transformer.register_forward_hook(lambda *call: flows.append(call[2]))
+    try:
+        [(_, first), *_] = shown(pipeline, preview_every_steps=1)
+    finally:
+        hook.remove()
+    conditional, unconditional = (flow[0] if isinstance(flow, tuple) else flow for flow in flows[:2])
+    flow = unconditional + video.guidance_scale * (conditional - unconditional)
+    noise = pipeline._noise(video)
+    expected = preview.picture(pipeline.vae, noise - flow.float())
+    assert (first.int() - expected.int()).abs().max() <= 1
+    assert (first.int() - preview.picture(pipeline.vae, noise).int()).abs().max() > 20
+
+
+def test_a_given_frame_stays(tmp_path: Path) -> None:
+    """Of a video that is its first image alone every preview is the video, whatever is predicted for it."""
+    make_tiny_model(tmp_path / "model", task=Task.TEXT_IMAGE_TO_VIDEO)
+    pipeline = load(
+        locate(str(tmp_path / "model"), load_format="auto"), device="cpu", dtype="float32", load_format="auto"
+    )
+    video = tiny.video(width=64, height=96, num_frames=1, boundary_ratio=None, preview_every_steps=1)
+    frames = InputFrames(first=picture(video.width, video.height, 0).tobytes())
+    told: list[torch.Tensor] = []
+    [made] = pipeline.generate(
+        video, frames=frames, on_step=tiny.ignore, on_preview=lambda _, pictures, __: told.append(pictures)
+    )
+    assert len(told) == video.num_inference_steps and made.float().std() > 1
+    assert all(torch.equal(pictures, made) for pictures in told)
 
 
 def test_a_right_flow_leads_to_the_end() -> None:
@@ -79,11 +121,11 @@ def test_the_middle_is_shown(pipeline: VideoPipeline, num_frames: int) -> None:
     torch.manual_seed(3)
     latents = torch.randn(1, 16, num_frames, 4, 4)
     whole = [to_pictures(pixels)[-1] for pixels in slices(pipeline.vae, latents)]
-    picture = preview.picture(pipeline.vae, latents)
+    made = preview.picture(pipeline.vae, latents)
     if num_frames < 4:
-        assert torch.equal(picture[0], whole[num_frames // 2])
+        assert torch.equal(made[0], whole[num_frames // 2])
     others = [index for index in range(num_frames) if index != num_frames // 2]
-    assert all((picture[0].int() - whole[index].int()).abs().sum() > 0 for index in others)
+    assert all((made[0].int() - whole[index].int()).abs().sum() > 0 for index in others)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +134,9 @@ def test_the_middle_is_shown(pipeline: VideoPipeline, num_frames: int) -> None:
 )
 def test_large_ones_become_small(size: tuple[int, int], expected: tuple[int, int]) -> None:
     """To 256 pixels on the longer side, by means, also where there is no picture."""
-    picture = torch.zeros(1, *size, 3, dtype=torch.uint8)
-    picture[:, :, : size[1] // 2] = 200
-    small = preview.small(picture)
+    large = torch.zeros(1, *size, 3, dtype=torch.uint8)
+    large[:, :, : size[1] // 2] = 200
+    small = preview.small(large)
     assert small.shape == (1, *expected, 3) and small.dtype is torch.uint8
     assert float(small.float().mean()) == pytest.approx(100.0, abs=2.0)
-    assert preview.small(picture[:0]).shape == (0, *expected, 3)
+    assert preview.small(large[:0]).shape == (0, *expected, 3)

@@ -151,6 +151,31 @@ def test_what_does_not_fit_is_not_merged(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "other", ["transformer.blocks.0.attn1.to_q.alpha", "transformer.blocks.1.attn1.to_q.lora_A.weight"]
+)
+def test_what_would_be_passed_over_is_refused(other: str, model: Path, tmp_path: Path) -> None:
+    """A scale of its own, or half of a change."""
+    tensors = load_file(example("4-steps")[0])
+    if other in tensors:
+        del tensors[other.replace("lora_A", "lora_B")]
+    else:
+        tensors[other] = torch.ones(())
+    save_file(tensors, tmp_path / "a.safetensors")
+    files = [str(tmp_path / "a.safetensors")] * 2
+    with pytest.raises(SystemExit, match="no adapter in PEFT's layout, of lora_A and lora_B alone"):
+        main(["merge", "--model", str(model), "--adapters", *files, "--out", str(tmp_path / "x")])
+
+
+def test_a_model_of_text_alone_takes_no_images(model: Path) -> None:
+    """And says so before it makes anything."""
+    with pytest.raises(SystemExit, match=r"--from-images: .* makes videos from text alone"):
+        main(["score", "--model", str(model), "--from-images", "--count", "1", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="--adapters: the server's own pipeline takes none yet"):
+        files = map(str, example("4-steps"))
+        main(["score", "--model", str(model), "--served", "--device", "cpu", "--adapters", *files])
+
+
 def test_the_example_is_neon(model: Path) -> None:
     """Loaded by diffusers it turns bright pictures dark, but for light in the colour of the thing.
 
