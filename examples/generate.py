@@ -2,7 +2,7 @@
 
 from wan_grpc_client import Progress, generate
 
-with generate("127.0.0.1:3000", "A red panda reads a newspaper", output="panda.mp4") as generation:
+with generate("127.0.0.1:3000", "A red star moves right on a blue background", output="star.mp4") as generation:
     for event in generation:
         if isinstance(event, Progress):
             print(f"{event.stage} {event.step}/{event.total_steps}")

@@ -49,8 +49,8 @@ def live_i2v(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 
 @pytest.fixture
-def panda(tmp_path: Path) -> Path:
+def star(tmp_path: Path) -> Path:
     """A picture that is twice as wide as it is high, by the name that the documentation has for one."""
-    path = tmp_path / "panda.png"
+    path = tmp_path / "star.png"
     pictures.two_colours(80, 40).save(path)
     return path

@@ -231,14 +231,14 @@ def test_the_same_request_id_attaches(live: LiveServer) -> None:
 @pytest.mark.parametrize(
     ("snippet", "server", "made"),
     [
-        (SNIPPETS[0], "live", "panda.mp4"),
-        (SNIPPETS[1], "live", "panda.mp4"),
-        (SNIPPETS[2], "live_i2v", "page.mp4"),
-        (SNIPPETS[3], "live", "panda.png"),
+        (SNIPPETS[0], "live", "star.mp4"),
+        (SNIPPETS[1], "live", "star.mp4"),
+        (SNIPPETS[2], "live_i2v", "right.mp4"),
+        (SNIPPETS[3], "live", "star.png"),
     ],
 )
 def test_the_printed_programs_run(
-    snippet: str, server: str, made: str, tmp_path: Path, panda: Path, request: pytest.FixtureRequest
+    snippet: str, server: str, made: str, tmp_path: Path, star: Path, request: pytest.FixtureRequest
 ) -> None:
     """What clients/README.md shows works as it stands, here at another address and a size that is quickly made."""
     is_picture = made.endswith(".png")
@@ -256,7 +256,7 @@ def test_the_printed_programs_run(
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].split()[0] == made
-    assert {path.name for path in tmp_path.iterdir()} == {"panda.png", made}
+    assert {path.name for path in tmp_path.iterdir()} == {"star.png", made}
 
 
 def test_every_printed_program_runs() -> None:
@@ -423,7 +423,7 @@ def test_the_first_commands(live: LiveServer, tmp_path: Path) -> None:
     """The table of the model, a video, and its line in the list."""
     shown = run_printed(live, "first", tmp_path)
     assert shown.startswith("model ")
-    assert (f"{live.names()[0]} " in shown, shape(tmp_path / "panda.mp4")) == (True, (9, 96, 128))
+    assert (f"{live.names()[0]} " in shown, shape(tmp_path / "star.mp4")) == (True, (9, 96, 128))
 
 
 def test_the_commands_for_formats(live: LiveServer, tmp_path: Path) -> None:
@@ -432,11 +432,11 @@ def test_the_commands_for_formats(live: LiveServer, tmp_path: Path) -> None:
     videos = {path.name: shape(path) for path in tmp_path.iterdir()}
     length = (9, 96, 128)
     assert videos == {
-        "panda.png": (1, 96, 128),
-        "panda.mkv": length,
-        "panda-7.mp4": length,
-        "panda-8.mp4": length,
-        "panda-9.mp4": length,
+        "star.png": (1, 96, 128),
+        "star.mkv": length,
+        "star-7.mp4": length,
+        "star-8.mp4": length,
+        "star-9.mp4": length,
     }
 
 
@@ -447,10 +447,10 @@ def test_the_commands_for_previews(live: LiveServer, tmp_path: Path) -> None:
     assert shape(tmp_path / "now.webp") == (1, 96, 128)
 
 
-def test_the_commands_for_images(live_i2v: LiveServer, tmp_path: Path, panda: Path) -> None:
+def test_the_commands_for_images(live_i2v: LiveServer, tmp_path: Path, star: Path) -> None:
     """Without a fit the video has the aspect of the picture; with one it has the size that was named."""
     run_printed(live_i2v, "image", tmp_path)
-    assert (shape(tmp_path / "page.mp4"), shape(tmp_path / "loop.mp4")) == ((9, 64, 144), (9, 128, 96))
+    assert (shape(tmp_path / "right.mp4"), shape(tmp_path / "loop.mp4")) == ((9, 64, 144), (9, 128, 96))
 
 
 def test_the_commands_for_many(live: LiveServer, tmp_path: Path) -> None:
@@ -458,17 +458,17 @@ def test_the_commands_for_many(live: LiveServer, tmp_path: Path) -> None:
     shown = run_printed(live, "batch", tmp_path).splitlines()
     videos = {path.name: shape(path) for path in (tmp_path / "videos").iterdir()}
     assert videos == {
-        "A-red-panda-reads-a-newspaper-7.mp4": (5, 96, 128),
-        "A-fox-in-the-snow-8.mp4": (5, 96, 128),
-        "A-fox-in-the-snow-9.mp4": (5, 96, 128),
-        "heron.webm": (5, 128, 96),
+        "A-red-star-moves-right-on-a-blue-background-7.mp4": (5, 96, 128),
+        "A-small-white-circle-bounces-on-green-8.mp4": (5, 96, 128),
+        "A-small-white-circle-bounces-on-green-9.mp4": (5, 96, 128),
+        "triangle.webm": (5, 128, 96),
     }
     assert [line.partition(":")[0] for line in shown] == [f"videos/{name}" for name in videos_in_order(videos)]
 
 
 def videos_in_order(videos: dict[str, tuple[int, ...]]) -> list[str]:
     """As their lines stand in the file."""
-    return sorted(videos, key=lambda name: ("heron" in name, name.startswith("A-fox"), name))
+    return sorted(videos, key=lambda name: ("triangle" in name, name.startswith("A-small"), name))
 
 
 def test_every_printed_command_is_run() -> None:

@@ -121,10 +121,10 @@ def test_generate_refuses_what_the_model_cannot_do(cache_dir: Path) -> None:
     )
 
 
-def test_a_file_of_prompts(i2v: Path, tmp_path: Path, panda: Path) -> None:
+def test_a_file_of_prompts(i2v: Path, tmp_path: Path, star: Path) -> None:
     """One start of the ranks for all lines; each in its format and file; one that fails leaves the others alone."""
     (tmp_path / "taken").write_text("a file where a directory is needed")
-    image, lossless = {"image": "panda.png"}, {"format": "mkv_ffv1"}
+    image, lossless = {"image": "star.png"}, {"format": "mkv_ffv1"}
     path = write(
         tmp_path,
         {"prompt": "a", **image, "seed": 1, "num_frames": 5},

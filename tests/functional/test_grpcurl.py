@@ -110,14 +110,14 @@ def test_generate(cook: Cook, live: LiveServer, tmp_path: Path) -> None:
         ("STAGE_DENOISE", 4, True)
     }
     generation = live.get(events[0]["generation"])
-    video = (tmp_path / "panda.mp4").read_bytes()
+    video = (tmp_path / "star.mp4").read_bytes()
     assert (len(video), hashlib.sha256(video).hexdigest()) == (
         generation.completed.size_bytes,
         generation.completed.sha256,
     )
 
 
-@pytest.mark.parametrize(("recipe", "name", "frames"), [("picture", "panda.png", 1), ("lossless", "panda.mkv", 5)])
+@pytest.mark.parametrize(("recipe", "name", "frames"), [("picture", "star.png", 1), ("lossless", "star.mkv", 5)])
 def test_formats(cook: Cook, tmp_path: Path, recipe: str, name: str, frames: int) -> None:
     """The format that is asked for is what the file is."""
     cook("save")
@@ -128,17 +128,17 @@ def test_formats(cook: Cook, tmp_path: Path, recipe: str, name: str, frames: int
     assert shapes == [(96, 128, 3)] * frames
 
 
-def test_image(live_i2v: LiveServer, tmp_path: Path, panda: Path) -> None:
+def test_image(live_i2v: LiveServer, tmp_path: Path, star: Path) -> None:
     """A picture on stdin becomes a video of its aspect."""
     cook = cook_at(live_i2v, tmp_path)
     cook("save")
     done = cook("image")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    with av.open(str(tmp_path / "page.mp4")) as file:
+    with av.open(str(tmp_path / "right.mp4")) as file:
         shapes = {frame.to_ndarray(format="rgb24").shape for frame in file.decode(video=0)}
     accepted = next(_values((tmp_path / "events.json").read_text(encoding="utf-8")))["event"]["accepted"]["resolved"]
     assert shapes == {(accepted["height"], accepted["width"], 3)} == {(64, 144, 3)}
-    assert accepted["imageSha256"] == hashlib.sha256(panda.read_bytes()).hexdigest()
+    assert accepted["imageSha256"] == hashlib.sha256(star.read_bytes()).hexdigest()
 
 
 def test_create_and_cancel(cook: Cook, live: LiveServer) -> None:
