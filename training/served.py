@@ -13,6 +13,7 @@ from training.score import Generate
 from wan_grpc.domain.events import Progress
 from wan_grpc.domain.images import InputFrames
 from wan_grpc.domain.request import GenerationRequest, resolve
+from wan_grpc.optimize import convolution
 from wan_grpc.pipeline.checkpoint import locate, read_card
 from wan_grpc.pipeline.load import load
 
@@ -36,6 +37,7 @@ def animated_by(directory: Path, *, device: str = "cpu", dtype: str = "float32",
     checkpoint = locate(str(directory), load_format="auto")
     card = read_card(checkpoint, model_id=directory.name)
     pipeline = load(checkpoint, device=device, dtype=dtype, load_format="auto")
+    convolution.install(pipeline.vae, convolution.choose(pipeline.device, pipeline.vae.dtype))
 
     def animate(caption: str, seed: int, first: torch.Tensor | None) -> torch.Tensor:
         video = resolve(GenerationRequest(prompt=caption, seed=seed, **asked), card, fallback_seed=seed)

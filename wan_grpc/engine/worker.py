@@ -39,6 +39,7 @@ from wan_grpc.engine.messages import (
 )
 from wan_grpc.engine.rendezvous import dial_store
 from wan_grpc.engine.shared import FrameRing
+from wan_grpc.optimize import convolution
 from wan_grpc.optimize.attention import Attention, choose
 from wan_grpc.parallel.cfg import PassSplit
 from wan_grpc.parallel.group import ExchangeBrokenError
@@ -182,7 +183,9 @@ def divide(pipeline: VideoPipeline, mesh: Mesh, attention: Attention) -> None:
     pipeline.run_passes = PassSplit(mesh, sequence)
     split_text_model(pipeline.text_encoder.model, mesh)
     pipeline.text_encoder.spread = TextSplit(mesh, pipeline.text_encoder.blank)
-    pipeline.strips = split_vae(pipeline.vae, mesh)
+    convolve = convolution.choose(pipeline.device, pipeline.vae.dtype)
+    convolution.install(pipeline.vae, convolve)
+    pipeline.strips = split_vae(pipeline.vae, mesh, convolve)
     pipeline.free_memory()
 
 

@@ -46,6 +46,11 @@ class Strip:
         """Of each convolution in time, the neighbours' lines (0: before, 1: after) beside the last frames it saw."""
 
     @property
+    def convolve(self) -> Callable[..., torch.Tensor]:
+        """As F.conv3d."""
+        return self._division.convolve
+
+    @property
     def across(self) -> int:
         """The dim that is whole."""
         return _WIDTH if self.dim == _HEIGHT else _HEIGHT
@@ -129,8 +134,9 @@ class Whole:
 class StripDivision:
     """Divides each video's pictures between the ranks of the mesh. All ranks go through the same videos together."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, convolve: Callable[..., torch.Tensor] = F.conv3d) -> None:
         self._mesh = mesh
+        self.convolve = convolve
         self.strip: Strip | None = None
         """What the VAE is given at this moment; None while it is given whole pictures."""
 
@@ -147,12 +153,12 @@ class StripDivision:
         return Strip(self, group, dim=dim, sizes=shares(sizes[dim], group.size))
 
 
-def split_vae(vae: AutoencoderKLWan, mesh: Mesh) -> StripDivision:
+def split_vae(vae: AutoencoderKLWan, mesh: Mesh, convolve: Callable[..., torch.Tensor] = F.conv3d) -> StripDivision:
     """Let encoder and decoder compute strips of pictures, between the ranks of the mesh, within `Strip.computing`.
 
-    Outside of it they do what they did.
+    Outside of it they do what they did. convolve: as F.conv3d, with which strips are convolved.
     """
-    division = StripDivision(mesh)
+    division = StripDivision(mesh, convolve)
     for module in vae.modules():
         if isinstance(module, WanAttentionBlock):
             _divide(module, division, _attend)
@@ -207,7 +213,7 @@ def _convolve(
             side[:, :, cached] = strip.kept[conv, index][:, :, -num_cached:]
         strip.kept[conv, index] = side[:, :, -2:].clone()
     padding = (0, 0, 1) if strip.dim == _HEIGHT else (0, 1, 0)
-    return F.conv3d(room, conv.weight, conv.bias, conv.stride, padding)
+    return strip.convolve(room, conv.weight, conv.bias, conv.stride, padding)
 
 
 def _upsample(strip: Strip, resample: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
