@@ -47,12 +47,12 @@ def test_its_videos_show_what_was_asked_for(answers: list[tuple[Scene, str, Verd
 def test_the_score_can_fall(
     answers: list[tuple[Scene, str, Verdict, torch.Tensor]], directories: dict[str, Path]
 ) -> None:
-    """Each clip is none of the next caption, and two steps are too few."""
+    """Each clip is none of the next caption, and one step is too few."""
     scenes = [scene for scene, *_ in answers]
     moved = score([verdict(clip, scene) for (*_, clip), scene in zip(answers, scenes[1:] + scenes[:1], strict=True)])
     assert moved.colour < 0.3 and moved.motion < 0.3 and moved.everything < 0.1
-    hurried, _ = examine(served_by(directories["wan-tiny-t2v"], num_inference_steps=2), 4)
-    assert hurried.everything < 0.5
+    hurried, _ = examine(served_by(directories["wan-tiny-t2v"], num_inference_steps=1), 8)
+    assert hurried.everything < 0.5 and hurried.shape < 0.6
 
 
 def test_a_video_begins_with_its_image(directories: dict[str, Path]) -> None:
