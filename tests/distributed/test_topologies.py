@@ -60,7 +60,7 @@ CASES: dict[str, tuple[Task, VideoRequest, int]] = {
 }
 
 
-PREVIEWED = ["ti2v", "ti2v with an image"]
+PREVIEWED = ["ti2v with an image"]
 
 
 @pytest.fixture(scope="module")
