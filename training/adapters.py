@@ -5,6 +5,7 @@ Knows adapters, their names, and how checkpoints take them in. Does not know wha
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,7 @@ from typing import Any, Final
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
@@ -88,15 +90,24 @@ def merge(checkpoint: Path, files: Mapping[str, Path], directory: Path, **defaul
     }
     extra = json.loads((checkpoint / EXTRA_NAME).read_text())
     extra["defaults"] |= defaults
-    shutil.copytree(checkpoint, directory)
-    for place, tensors in merged.items():
-        (directory / place).write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
-    (directory / EXTRA_NAME).write_text(json.dumps(extra, indent=2) + "\n")
+    if directory.exists():
+        raise FileExistsError(f"{directory} is there already")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=directory.parent) as scratch:
+        made = Path(shutil.copytree(checkpoint, Path(scratch, directory.name)))
+        for place, tensors in merged.items():
+            (made / place).write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
+        (made / EXTRA_NAME).write_text(json.dumps(extra, indent=2) + "\n")
+        made.rename(directory)  # whole or not at all
 
 
 def _merged(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
     """`tensors` with what the adapter in `file` adds, whose alpha is its rank."""
-    adapter = {name.removeprefix("transformer."): value.float() for name, value in load_file(file).items()}
+    try:
+        loaded = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: {error}") from error
+    adapter = {name.removeprefix("transformer."): value.float() for name, value in loaded.items()}
     stems = {name.removesuffix(_DOWN) for name in adapter if name.endswith(_DOWN)}
     if not stems or adapter.keys() != {stem + end for stem in stems for end in (_DOWN, _UP)}:
         raise ValueError(f"{file}: no adapter in PEFT's layout, of lora_A and lora_B alone")
@@ -104,6 +115,8 @@ def _merged(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Ten
     for stem in sorted(stems):
         own = tensors.get(f"{stem}.weight")
         up, down = adapter[stem + _UP], adapter[stem + _DOWN]
+        if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
+            raise ValueError(f"{file}: {stem} has lora_A of {tuple(down.shape)} and lora_B of {tuple(up.shape)}")
         if own is None or own.shape != (len(up), down.shape[1]):
             raise ValueError(f"{file}: the expert has no {stem}.weight of {len(up)} x {down.shape[1]}")
         made[f"{stem}.weight"] = (own.float() + up @ down).to(own.dtype)

@@ -33,7 +33,6 @@ NAME: Final = "distil"
 _NUM_STEPS: Final = 20
 """Of the model."""
 _GUIDANCE: Final = 4.0
-_CHANNELS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +113,7 @@ def make_pool(checkpoint: Path, size: Size, count: int, *, at_once: int, seed: i
     silent = Texts(embedded=embed(encoder, silent_tokens, silent_mask), mask=silent_mask)
     frames = 1 + (size.num_frames - 1) // 4
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (count, _CHANNELS, frames, size.height // 8, size.width // 8)
+    shape = (count, experts.CONFIG["in_channels"], frames, size.height // 8, size.width // 8)
     noise = torch.randn(shape, generator=generator, device=device).half()
     model = Denoiser(_pair(checkpoint, device), checkpoint)
     embeddings, ends = [], []
@@ -142,22 +141,26 @@ def train(
 
     count: clips that the model makes first, all of one size. num_steps: that are to be enough. num_clips: of a batch.
     """
-    pool = make_pool(checkpoint, size, count, at_once=num_clips, seed=plan.seed + 1, device=device)
     pair = [adapted(expert) for expert in _pair(checkpoint, device)]
     denoiser = Denoiser(pair, checkpoint)
     training = Training(nn.ModuleList(pair), directory / NAME, plan)
-    if is_compiled:
-        for expert in pair:
-            expert.compile_repeated_blocks(dynamic=False)  # type: ignore[no-untyped-call]
-
-    def loss(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        chosen = torch.randint(count, (num_clips,), generator=generator, device=device)
-        ends = denoiser.latents(pool.noise[chosen].float(), pool.texts.chosen(chosen), num_steps=num_steps)
-        return {"total": (ends - pool.ends[chosen].float()).pow(2).mean()}
-
-    training.run(loss)
+    if not (training.step and training.is_done):
+        pool = make_pool(checkpoint, size, count, at_once=num_clips, seed=plan.seed + 1, device=device)
+        if is_compiled:
+            for expert in pair:
+                expert.compile_repeated_blocks(dynamic=False)  # type: ignore[no-untyped-call]
+        training.run(lambda generator: {"total": _distance(denoiser, pool, num_clips, num_steps, generator)})
     for averaged, role in zip(cast(nn.ModuleList, training.averaged), COMPONENTS.values(), strict=True):
         save(averaged, directory, f"{NAME}-{role}")
+
+
+def _distance(
+    denoiser: Denoiser, pool: Pool, num_clips: int, num_steps: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Mean square of how far the ends of few steps are from the model's, for some clips of the pool."""
+    chosen = torch.randint(len(pool.ends), (num_clips,), generator=generator, device=generator.device)
+    ends = denoiser.latents(pool.noise[chosen].float(), pool.texts.chosen(chosen), num_steps=num_steps)
+    return (ends - pool.ends[chosen].float()).pow(2).mean()
 
 
 def _pair(checkpoint: Path, device: torch.device) -> list[WanTransformer3DModel]:

@@ -9,7 +9,7 @@ from tests.bench import Watcher
 from tests.distributed import faults
 from tests.distributed.live import PAIR, Live, live_ranks, name_of
 from wan_grpc.domain.errors import Reason
-from wan_grpc.domain.events import State
+from wan_grpc.domain.events import Preview, Progress, Stage, State
 from wan_grpc.domain.observations import GroupRestarting
 from wan_grpc.domain.topology import Topology
 
@@ -49,6 +49,21 @@ async def test_a_rank_that_fails(
     assert await four.make() == reference
     assert time.monotonic() - began < ENDED_S
     assert (four.pids, len(four.seen(GroupRestarting))) == (pids, restarts)
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [("error", Reason.INTERNAL), ("memory", Reason.OUT_OF_MEMORY), ("kill", Reason.RANK_DIED)],
+)
+async def test_a_rank_that_fails_at_a_preview(four: Live, reference: bytes, what: str, reason: Reason) -> None:
+    """While all of them decode it: as at any other stage, and before the video is denoised."""
+    request = {**asked(faults.prompt("decode", 1, what, 2)), "preview_every_steps": 2}
+    watcher = await four.begin(**request)
+    assert await ended(watcher) < ENDED_S
+    assert watcher.failure.reason is reason  # type: ignore[attr-defined]
+    assert {event.step for event in watcher.find(Progress) if event.stage is Stage.DENOISE} <= {0, 1, 2}
+    assert not watcher.find(Preview)
+    assert await four.make() == reference
 
 
 async def test_ranks_tell_how_long_their_links_took(four: Live) -> None:

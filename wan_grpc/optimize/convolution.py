@@ -20,7 +20,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Convolve:
     On a CPU torch takes oneDNN by itself where batch x channels x frames x height is more than 20480, and else a kernel
     that is several times as slow.
     """
-    has_onednn: bool = torch._C._has_mkldnn
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return onednn if device.type == "cpu" and dtype is torch.float32 and has_onednn else F.conv3d
 
 

@@ -1,5 +1,6 @@
 """Adapters: the style that they learn, their files, and what diffusers makes of those."""
 
+import errno
 import json
 import random
 from collections.abc import Callable
@@ -93,12 +94,15 @@ def test_few_steps_are_those_of_the_pipeline(model: Path) -> None:
     assert (few - pool.ends.float()).abs().max() > 0.5
 
 
-def test_it_learns_to_end_where_the_model_ends(model: Path, tmp_path: Path) -> None:
+def test_it_learns_to_end_where_the_model_ends(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two clips, again and again: the ends come nearer, by what both experts have learned."""
     length = f"--steps 8 --warm-up 1 --count 2 --num-clips 2 --few 2 --size {SIZES[0]} --rate 4e-3 --average 0.5"
     main(["distil", "--run", str(tmp_path), "--model", str(model), "--device", "cpu", *length.split()])
     pool = distil.make_pool(model, SIZES[0], 2, at_once=2, seed=1, device=torch.device("cpu"))
     files = [tmp_path / f"distil-{role}.safetensors" for role in ("t2v-high", "t2v-low")]
+    monkeypatch.setattr(distil, "make_pool", None)  # which a stage that is done does not ask
+    main(["distil", "--run", str(tmp_path), "--model", str(model), "--device", "cpu", *length.split()])
+    monkeypatch.undo()
     assert all(load_file(file)["transformer.blocks.0.attn1.to_q.lora_B.weight"].abs().max() > 0 for file in files)
 
     def away(prepare: Callable[[WanPipeline], None]) -> float:
@@ -137,6 +141,7 @@ def test_a_merged_adapter_is_a_loaded_one(model: Path, tmp_path: Path) -> None:
         ("diffusion_model.blocks.0.self_attn.q.lora_down.weight", torch.ones(8, 128), "no adapter in PEFT's layout"),
         ("transformer.blocks.9.attn1.to_q.lora_A.weight", torch.ones(8, 128), r"no blocks\.9\.attn1\.to_q\.weight"),
         ("transformer.blocks.0.attn1.to_q.lora_A.weight", torch.ones(8, 64), "weight of 128 x 64"),
+        ("transformer.blocks.0.attn1.to_q.lora_A.weight", torch.ones(4, 128), r"lora_A of \(4, 128\) and lora_B of"),
     ],
 )
 def test_what_does_not_fit_is_not_merged(
@@ -165,6 +170,35 @@ def test_what_would_be_passed_over_is_refused(other: str, model: Path, tmp_path:
     files = [str(tmp_path / "a.safetensors")] * 2
     with pytest.raises(SystemExit, match="no adapter in PEFT's layout, of lora_A and lora_B alone"):
         main(["merge", "--model", str(model), "--adapters", *files, "--out", str(tmp_path / "x")])
+
+
+def test_what_is_no_file_of_tensors(model: Path, tmp_path: Path) -> None:
+    """Is named, and a checkpoint that is there is left as it is."""
+    (tmp_path / "a.safetensors").write_bytes(b"cat" * 100)
+    merge = ["merge", "--model", str(model), "--out", str(tmp_path / "x"), "--adapters"]
+    with pytest.raises(SystemExit, match=r"a\.safetensors: "):
+        main([*merge, *[str(tmp_path / "a.safetensors")] * 2])
+    (tmp_path / "x").mkdir()
+    with pytest.raises(SystemExit, match="x is there already"):
+        main([*merge, *map(str, example("4-steps"))])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "x"] and not [
+        *(tmp_path / "x").iterdir()
+    ]
+
+
+def test_a_full_disk_leaves_no_half_of_a_checkpoint(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is all there or not at all."""
+
+    def full(*_: object, **__: object) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(adapters, "to_bytes", full)
+    files = map(str, example("4-steps"))
+    with pytest.raises(SystemExit, match="No space left"):
+        main(["merge", "--model", str(model), "--out", str(tmp_path / "x"), "--adapters", *files])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_model_of_text_alone_takes_no_images(model: Path) -> None:
