@@ -616,13 +616,15 @@ class Engine:
         """Wait for the encoder, then end the generation. memory: None when the ranks did not compute it to its end."""
         if run.task is not None:
             await asyncio.wait([run.task])
-        self._may_encode.release()
-        if job.state.is_final:
-            return  # a bug elsewhere has ended it
-        if memory is not None and run.is_encoded:
-            await self._end_complete(job, memory)
-        else:
-            self._end_failed(job, run.failure or _INTERNAL)
+        try:
+            if job.state.is_final:
+                return  # a bug elsewhere has ended it
+            if memory is not None and run.is_encoded:
+                await self._end_complete(job, memory)
+            else:
+                self._end_failed(job, run.failure or _INTERNAL)
+        finally:
+            self._may_encode.release()  # not before its file is closed: on a slow disk ever more would wait for that
 
     async def _end_complete(self, job: GenerationLog, memory: tuple[RankMemory, ...]) -> None:
         assert job.artifact is not None

@@ -645,6 +645,31 @@ async def test_encoding_never_holds_the_ranks(another: OpenAnother, gate: thread
     assert bench.states(first.name, second.name, third.name) == [State.SUCCEEDED] * 3
 
 
+async def test_a_disk_that_is_slow_to_close_files_holds_the_line(
+    another: OpenAnother, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A video whose file is being closed takes its place in the encoder until it is."""
+    may_close, seal = threading.Event(), Artifact.seal
+
+    def seal_late(artifact: Artifact) -> tuple[int, str]:
+        may_close.wait(10.0)
+        return seal(artifact)
+
+    monkeypatch.setattr(Artifact, "seal", seal_late)
+    bench = await another(max_encoding=1)
+    names = [(await bench.submit(watched=False)).name for _ in range(3)]
+    for number in (1, 2):
+        (await bench.executor.run_number(number)).finish()
+    await eventually(lambda: bench.engine.status().num_running == 0)
+    await asyncio.sleep(0.1)
+    assert bench.states(*names) == [State.RUNNING, State.RUNNING, State.QUEUED]
+    may_close.set()
+    (await bench.executor.run_number(3)).finish()
+    for name in names:
+        await bench.ended(name)
+    assert bench.states(*names) == [State.SUCCEEDED] * 3
+
+
 async def test_status_counts_what_waits_and_runs(bench: Bench) -> None:
     """The status tells line, run, memory and what the ranks said of themselves."""
     await bench.succeed()
