@@ -19,18 +19,25 @@ To go on from the weights of the package, in a new directory:
     python -m training latents --run DIR
     python -m training expert  --run DIR --role ti2v --first ti2v --seconds 600
 
+Text, VAE and experts learn on several GPUs of one host, each with batches of its own:
+
+    torchrun --standalone --nproc-per-node 4 -m training vae --run DIR --seconds 450
+
 A stage that was interrupted goes on where it stopped; one that is done does nothing.
 """
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from training import adapters, assemble, distil, neon, stages
 from training.experts import ROLES
@@ -57,9 +64,28 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = options.is_training
     try:
-        options.do(options)
+        with _processes(options):
+            options.do(options)
     except (OSError, ValueError) as error:
         raise SystemExit(f"training: {error}") from error
+
+
+@contextmanager
+def _processes(options: argparse.Namespace) -> Iterator[None]:
+    """Join the others of torchrun, each of which has a GPU of its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if not options.is_parallel:
+        raise ValueError(f"{options.command}: one process does it")
+    if options.device.type == "cuda":
+        options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(options.device)
+    distributed.init_process_group("nccl" if options.device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 class _Commands:
@@ -71,7 +97,7 @@ class _Commands:
     def tool(self, name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         """One that computes nothing."""
         each = self._commands.add_parser(name)
-        each.set_defaults(do=do, is_training=False)
+        each.set_defaults(command=name, do=do, is_training=False, is_parallel=False)
         return each
 
     def command(self, name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
@@ -86,13 +112,15 @@ class _Commands:
 
     def trained(self, name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         each = self.stage(name, do)
-        each.set_defaults(is_training=True, is_orthogonal=name == "expert")
+        is_parallel = name in ("text", "vae", "expert")
+        each.set_defaults(is_training=True, is_orthogonal=name == "expert", is_parallel=is_parallel)
         length = each.add_mutually_exclusive_group(required=True)
         length.add_argument("--steps", type=int)
         length.add_argument("--seconds", type=float, help="as many steps as fit, counted once and kept")
         each.add_argument("--rate", type=float, default=_RATES[name])
         each.add_argument("--warm-up", type=int, default=_WARM_UP[name], help="steps")
         each.add_argument("--average", type=float, default=0.999)
+        each.add_argument("--cuda-graphs", action="store_true", help="launch a step at once, on a GPU")
         return each
 
 
@@ -176,6 +204,8 @@ def _work(options: argparse.Namespace) -> stages.Work:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
+    if options.cuda_graphs and options.device.type != "cuda":
+        raise ValueError(f"--cuda-graphs: {options.device} is no GPU")
     return Plan(
         steps=options.steps,
         seconds=options.seconds,
@@ -183,6 +213,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         warm_up=options.warm_up,
         average=options.average,
         is_orthogonal=options.is_orthogonal,
+        is_captured=options.cuda_graphs,
     )
 
 

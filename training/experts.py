@@ -3,8 +3,8 @@
 Knows which levels of noise, captions and first frames an expert is shown. Does not know pixels.
 """
 
+import functools
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,6 +16,7 @@ from transformers import UMT5EncoderModel
 
 from training import flow
 from training.flow import Levels
+from training.gradients import Loss, Parts
 from training.latents import NUM_TOKENS, SHARES, Clips
 from training.text import TEXT_DIM, Words, embed
 from training.vae import precision
@@ -128,22 +129,25 @@ class Lessons:
         *,
         shares: Sequence[float] = SHARES,
     ) -> None:
-        """shares: of batches that have clips of each kind."""
+        """shares: of batches that have clips of each of `clips`."""
         self._role = role
         self._clips = clips
-        self._shares = shares[: len(clips)]
+        self.shares = shares[: len(clips)]
         self._brief = brief
         self._texts = [_embedded(encoder, each.tokens, each.mask) for each in clips]
         numbers, mask = (value.to(encoder.device) for value in Words(num_tokens=NUM_TOKENS).tokens([""]))
         self._no_text = _embedded(encoder, numbers, mask)
         self._no_mask = mask
 
-    def loss(
-        self, expert: WanTransformer3DModel, *, num_tokens: int, generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
-        """num_tokens: of the transformer, about as many as a batch has, whatever the size of its clips."""
+    def losses(self, expert: WanTransformer3DModel, *, num_tokens: int) -> list[Loss]:
+        """One for each size of clips.
+
+        num_tokens: of the transformer, about as many as a batch has, whatever the size of its clips.
+        """
+        return [functools.partial(self._loss, expert, kind, num_tokens) for kind in range(len(self._clips))]
+
+    def _loss(self, expert: WanTransformer3DModel, kind: int, num_tokens: int, generator: torch.Generator) -> Parts:
         device = generator.device
-        [kind] = random.Random(generator.initial_seed()).choices(range(len(self._clips)), self._shares)
         clips = self._clips[kind]
         _, _, frames, height, width = clips.latents.shape
         count = max(1, num_tokens * _PATCH // (frames * height * width))

@@ -4,22 +4,23 @@ Knows optimisers, checkpoints and logs. Does not know what is learned.
 """
 
 import copy
+import functools
 import json
 import math
+import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
 
+from training.gradients import Gradients, Loss, Parts, agreed, num_processes, rank
 from training.muon import Muon
 
-Loss: TypeAlias = Callable[[torch.Generator], Mapping[str, torch.Tensor]]
-"""One batch drawn by the generator: parts of the loss, of which `total` is minimised."""
 Model = TypeVar("Model", bound=nn.Module)
 
 _STATE: Final = "state.pt"
@@ -47,6 +48,8 @@ class Plan:
     most_gradient: float = 1.0
     is_orthogonal: bool = False
     """Whether the matrices of a transformer's blocks are learned by Muon instead of AdamW."""
+    is_captured: bool = False
+    """Whether a CUDA graph is made of a step, so that a GPU does not wait for launches."""
     seed: int = 0
     save_every_s: float = 20.0
     log_every: int = 50
@@ -65,7 +68,11 @@ class Plan:
 
 
 class Training:
-    """Of one model in one directory, which holds its state, the average of its weights and its log."""
+    """Of one model in one directory, which holds its state, the average of its weights and its log.
+
+    Where torch.distributed is initialised, all its processes learn one model: each computes batches of its own, and
+    their gradients are averaged. The first one writes.
+    """
 
     def __init__(self, model: nn.Module, directory: Path, plan: Plan) -> None:
         """Goes on where the state in `directory` stopped, if there is one."""
@@ -87,35 +94,45 @@ class Training:
         """Whether the plan is fulfilled."""
         return self._plan.done(self.step, self._seconds) >= 1.0
 
-    def run(self, loss: Loss) -> None:
+    def run(self, *losses: Loss, shares: Sequence[float] = (1.0,)) -> None:
         """Learn until the plan is fulfilled; the last state is saved.
 
-        What a step draws depends on its number alone, so that one that was interrupted learns the same by a plan in
-        steps.
+        losses: one for each kind of batches, `shares` of all steps. What a step draws depends on its number alone, so
+        that one that was interrupted learns the same by a plan in steps.
 
         Raises:
             DivergedError: the loss became infinite or no number.
         """
         if self.step and self.is_done:
             return
+        generator, gradients = torch.Generator(self.device), Gradients(self.model)
+        kinds = [self._kind(gradients, loss, generator) for loss in losses]
         last = saved = time.monotonic()
         while not self.is_done:
-            parts = self._learn(loss)
-            if self.step % self._plan.log_every == 0 or self.step == self._plan.steps:
+            number = (self._plan.seed * 1_000_003 + self.step) * num_processes() + rank()
+            generator.manual_seed(number)
+            [compute] = random.Random(number).choices(kinds, shares)
+            parts = self._learn(compute, gradients)
+            if is_logged := self.step % self._plan.log_every == 0 or self.step == self._plan.steps:
                 self._log(parts)  # which waits for the device, and so keeps the clock honest
             now = time.monotonic()
-            self._seconds, last = self._seconds + now - last, now
+            if is_logged or num_processes() == 1:
+                self._seconds, last = agreed(self._seconds + now - last, self.device), now
             if now - saved > self._plan.save_every_s:
                 self.save()
-                saved = last = time.monotonic()
+                saved = time.monotonic()
+                last += saved - now
         self.save()
 
-    def _learn(self, loss: Loss) -> Mapping[str, torch.Tensor]:
-        generator = torch.Generator(self.device).manual_seed(self._plan.seed * 1_000_003 + self.step)
+    def _kind(self, gradients: Gradients, loss: Loss, generator: torch.Generator) -> Callable[[], Parts]:
+        if self._plan.is_captured:
+            return gradients.captured(loss, generator)
+        return functools.partial(gradients.compute, loss, generator)
+
+    def _learn(self, compute: Callable[[], Parts], gradients: Gradients) -> Parts:
         rate = self._plan.rate_at(self.step, self._plan.done(self.step, self._seconds))
-        parts = loss(generator)
-        self.model.zero_grad(set_to_none=True)
-        parts["total"].backward()  # type: ignore[no-untyped-call]
+        parts = compute()
+        gradients.average()
         nn.utils.clip_grad_norm_(self.model.parameters(), self._plan.most_gradient)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -123,7 +140,7 @@ class Training:
             optimizer.step()
         self.step += 1
         self._take_into_average()
-        return {name: value.detach() for name, value in parts.items()}
+        return parts
 
     @torch.no_grad()
     def _take_into_average(self) -> None:
@@ -132,6 +149,8 @@ class Training:
 
     def save(self) -> None:
         """Each file whole or not at all; the state last, so that what it says is done has its average."""
+        if rank():
+            return
         average = self.averaged.state_dict()
         state = {
             "step": self.step,
@@ -152,12 +171,13 @@ class Training:
         for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
 
-    def _log(self, parts: Mapping[str, torch.Tensor]) -> None:
+    def _log(self, parts: Parts) -> None:
         values = {name: round(float(value), 6) for name, value in parts.items()}
         line = json.dumps({"step": self.step, "seconds": round(self._seconds, 1), **values})
-        sys.stderr.write(f"{self._directory.name}: {line}\n")
-        with (self._directory / _LOG).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        if not rank():
+            sys.stderr.write(f"{self._directory.name}: {line}\n")
+            with (self._directory / _LOG).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
         if not math.isfinite(values["total"]):
             raise DivergedError(f"step {self.step}: {values}")
 

@@ -72,9 +72,5 @@ def train(
         lessons = experts.Lessons(experts.ROLES[role], [clips], text, brief)
         name = f"neon-{role}"
         training = Training(expert, directory / name, plan)
-        training.run(
-            lambda generator, lessons=lessons, expert=expert: lessons.loss(  # type: ignore[misc]
-                expert, num_tokens=num_tokens, generator=generator
-            )
-        )
+        training.run(*lessons.losses(expert, num_tokens=num_tokens))
         save(training.averaged, directory, name)

@@ -3,6 +3,7 @@
 Knows what a stage needs of the ones before it. Does not know the command line.
 """
 
+import functools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,7 @@ def train_vae(work: Work, plan: Plan, *, num_clips: int, scale: float = 1.0) -> 
     pools = [_pool(size, work.device, scale=scale) for size in SIZES]
     most = num_clips * pools[0][0].numel()
 
-    def loss(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        [pool] = random.Random(generator.initial_seed()).choices(pools, SHARES)
+    def loss(pool: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         count = max(1, most // pool[0].numel())
         chosen = torch.randint(len(pool), (count,), generator=generator, device=work.device)
         clips = pool[chosen].permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
@@ -75,7 +75,7 @@ def train_vae(work: Work, plan: Plan, *, num_clips: int, scale: float = 1.0) -> 
             return vaes.loss(vae, clips, generator=generator, weights=vaes.Weights())
 
     with vaes.whole_clips(vae):
-        training.run(loss)
+        training.run(*(functools.partial(loss, pool) for pool in pools), shares=SHARES)
 
 
 def _pool(size: Size, device: torch.device, *, scale: float) -> torch.Tensor:
@@ -136,7 +136,7 @@ def train_expert(
     lessons = experts.Lessons(experts.ROLES[name], list(clips.values()), trained_text(work), brief)
     if is_compiled:
         expert.compile_repeated_blocks(dynamic=False)  # type: ignore[no-untyped-call]
-    training.run(lambda generator: lessons.loss(expert, num_tokens=num_tokens, generator=generator))
+    training.run(*lessons.losses(expert, num_tokens=num_tokens), shares=lessons.shares)
 
 
 def trained_expert(work: Work, name: str) -> WanTransformer3DModel:

@@ -126,8 +126,9 @@ def lessons_of(role: str, *some: Clips) -> Lessons:
 def test_what_an_expert_of_two_is_shown(role: str) -> None:
     """Clips of every size, as many as have the tokens, at its levels; a tenth without a caption."""
     asked, lessons = Asked(), lessons_of(role, clips(9, 2, 4), clips(5, 1, 8))
+    losses = lessons.losses(asked, num_tokens=256)  # type: ignore[arg-type]
     for step in range(60):
-        lessons.loss(asked, num_tokens=256, generator=torch.Generator().manual_seed(step))  # type: ignore[arg-type]
+        losses[step % 2](torch.Generator().manual_seed(step))
     shapes = {tuple(noisy.shape) for noisy, _, _ in asked.shown}
     assert shapes == {(32, 16, 2, 4, 4), (16, 16, 1, 8, 8)}
     steps = torch.cat([timestep for _, timestep, _ in asked.shown])
@@ -141,7 +142,8 @@ def test_what_one_that_sees_images_is_shown() -> None:
     """Half of its clips begin with their own first frame, which is said to be without noise, token by token."""
     some = clips(3, 3, 4)
     asked, lessons = Asked(), lessons_of("ti2v", some)
-    lessons.loss(asked, num_tokens=12 * 200, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    [loss] = lessons.losses(asked, num_tokens=12 * 200)  # type: ignore[arg-type]
+    loss(torch.Generator().manual_seed(1))
     [(noisy, timestep, _)] = asked.shown
     assert timestep.shape == (200, 12)
     has_image = (timestep[:, :4] == 0).all(1)
@@ -196,8 +198,8 @@ def test_errors_where_things_are_count_more() -> None:
             shown.append(timestep)
             return (torch.zeros_like(noisy).index_fill(2, torch.tensor([frame]), 100.0),)
 
-        generator = torch.Generator().manual_seed(1)
-        return float(lessons.loss(answer, num_tokens=64, generator=generator)["total"])  # type: ignore[arg-type]
+        [loss] = lessons.losses(answer, num_tokens=64)  # type: ignore[arg-type]
+        return float(loss(torch.Generator().manual_seed(1))["total"])
 
     assert wrong_about(0) == pytest.approx(9 * wrong_about(1), rel=0.01)
     assert torch.equal(shown[0], shown[1])
@@ -212,9 +214,9 @@ def test_it_learns() -> None:
     role = replace(ROLES["t2v-low"], levels=Levels(least=0.4, most=0.6))
     lessons = Lessons(role, [some], make_text_model(seed=3).eval().requires_grad_(False), be_brief(made))
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
-    losses = []
+    [loss], losses = lessons.losses(made, num_tokens=64), []
     for step in range(40):
-        parts = lessons.loss(made, num_tokens=64, generator=torch.Generator().manual_seed(step))
+        parts = loss(torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         parts["total"].backward()
         optimizer.step()
@@ -229,10 +231,11 @@ def test_the_sampler_gives_back_what_was_learned() -> None:
     encoder = make_text_model(seed=3).eval().requires_grad_(False)
     lessons = Lessons(ROLES["base"], [some], encoder, brief := be_brief(made))
     optimizer = torch.optim.AdamW(made.parameters(), lr=2e-3)
+    [loss] = lessons.losses(made, num_tokens=128)
     for step in range(160):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 20, (160 - step) / 60)
-        parts = lessons.loss(made, num_tokens=128, generator=torch.Generator().manual_seed(step))
+        parts = loss(torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         parts["total"].backward()
         optimizer.step()

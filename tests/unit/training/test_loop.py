@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, multiprocessing, nn
 
-from training.loop import DivergedError, Loss, Plan, Training, finished
+from training.gradients import Loss
+from training.loop import DivergedError, Plan, Training, finished
 
 CPU = torch.device("cpu")
 
@@ -83,6 +84,58 @@ def test_one_that_was_interrupted_learns_the_same(model: Callable[[], nn.Module]
     assert torch.equal(three.weight, one.weight)
     assert torch.equal(second.averaged.weight, whole.averaged.weight)
     assert not torch.equal(second.averaged.weight, three.weight)
+
+
+def test_kinds_of_batches(tmp_path: Path) -> None:
+    """Each step is of one, as often as its share says, and the same one whenever it is taken."""
+    seen: list[tuple[int, int]] = []
+    here = model()
+
+    def of_kind(kind: int) -> Loss:
+        inner = loss_of(here)
+
+        def loss(generator: torch.Generator) -> dict[str, torch.Tensor]:
+            seen.append((generator.initial_seed(), kind))
+            return dict(inner(generator))
+
+        return loss
+
+    for name in ("one", "again"):
+        Training(here, tmp_path / name, Plan(steps=200)).run(of_kind(0), of_kind(1), shares=(0.2, 0.8))
+    assert seen[:200] == seen[200:]
+    assert 20 <= sum(kind == 0 for _, kind in seen[:200]) <= 60
+
+
+def learn_beside_another(rank: int, directory: Path) -> None:
+    """One of two processes."""
+    store = distributed.FileStore(str(directory / "store"), 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    here = InBlocks()
+    training = Training(here, directory / "both", Plan(steps=20, warm_up=5, log_every=10, is_orthogonal=True))
+    training.run(loss_of(here))
+    timed = Training(there := model(), directory / "timed", Plan(seconds=0.3, log_every=10))
+    timed.run(loss_of(there))
+    torch.save((here.weight, there.weight, timed.step), directory / f"rank-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_learn_as_one(tmp_path: Path) -> None:
+    """Batches of their own count as one of both, and by a plan in seconds they take as many steps as each other."""
+    multiprocessing.spawn(learn_beside_another, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
+    (one, *timed_one), (two, *timed_two) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    assert torch.equal(one, two) and timed_one[1] == timed_two[1] > 0
+    assert torch.equal(timed_one[0], timed_two[0])
+
+    inner = loss_of(here := InBlocks())
+
+    def of_both(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        step = generator.initial_seed()
+        each = [inner(torch.Generator().manual_seed(2 * step + rank))["total"] for rank in range(2)]
+        return {"total": torch.stack(each).mean()}
+
+    Training(here, tmp_path / "one", Plan(steps=20, warm_up=5, is_orthogonal=True)).run(of_both)
+    assert torch.allclose(one, here.weight, atol=1e-6)
+    assert len((tmp_path / "both/log.jsonl").read_text().splitlines()) == 2
 
 
 def test_what_is_finished(tmp_path: Path) -> None:
