@@ -21,7 +21,7 @@ To go on from the weights of the package, in a new directory:
 
 Text, VAE and experts learn on several GPUs of one host, each with batches of its own:
 
-    torchrun --standalone --nproc-per-node 4 -m training vae --run DIR --seconds 450
+    torchrun --standalone --nproc-per-node 4 -m -- training vae --run DIR --seconds 450
 
 A stage that was interrupted goes on where it stopped; one that is done does nothing.
 """
