@@ -27,6 +27,7 @@ A stage that was interrupted goes on where it stopped; one that is done does not
 """
 
 import argparse
+import atexit
 import json
 import os
 import sys
@@ -64,28 +65,41 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = options.is_training
     try:
-        with _processes(options):
+        with _beside_others(options):
             options.do(options)
     except (OSError, ValueError) as error:
         raise SystemExit(f"training: {error}") from error
 
 
 @contextmanager
-def _processes(options: argparse.Namespace) -> Iterator[None]:
-    """Join the others of torchrun, each of which has a GPU of its own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def _beside_others(options: argparse.Namespace) -> Iterator[None]:
+    """Join the other processes of torchrun, if there are any."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     if not options.is_parallel:
-        raise ValueError(f"{options.command}: one process does it")
+        raise ValueError(f"{options.command}: one process does it, not WORLD_SIZE={os.environ['WORLD_SIZE']}")
+    backend = "gloo"
     if options.device.type == "cuda":
-        options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        options.device, backend = _own_gpu(options.device), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(options.device)
-    distributed.init_process_group("nccl" if options.device.type == "cuda" else "gloo")
+    distributed.init_process_group(backend)
     try:
         yield
-    finally:
-        distributed.destroy_process_group()
+    except BaseException:
+        # After what is said of it. By itself NCCL would first wait for the others, and they wait for this process.
+        atexit.register(os._exit, 1)
+        raise
+    distributed.destroy_process_group()
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    if device != torch.device("cuda"):
+        raise ValueError(f"--device: {device} is one GPU; each process takes its own of cuda")
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"--nproc-per-node: there is no GPU for process {number}; this host has {count}")
+    return torch.device("cuda", number)
 
 
 class _Commands:
@@ -112,15 +126,16 @@ class _Commands:
 
     def trained(self, name: str, do: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         each = self.stage(name, do)
-        is_parallel = name in ("text", "vae", "expert")
-        each.set_defaults(is_training=True, is_orthogonal=name == "expert", is_parallel=is_parallel)
+        is_parallel, may_be_graphs = name in ("text", "vae", "expert"), name in ("vae", "expert")
+        each.set_defaults(is_training=True, is_orthogonal=name == "expert", is_parallel=is_parallel, cuda_graphs=False)
         length = each.add_mutually_exclusive_group(required=True)
         length.add_argument("--steps", type=int)
         length.add_argument("--seconds", type=float, help="as many steps as fit, counted once and kept")
         each.add_argument("--rate", type=float, default=_RATES[name])
         each.add_argument("--warm-up", type=int, default=_WARM_UP[name], help="steps")
         each.add_argument("--average", type=float, default=0.999)
-        each.add_argument("--cuda-graphs", action="store_true", help="launch a step at once, on a GPU")
+        if may_be_graphs:
+            each.add_argument("--cuda-graphs", action="store_true", help="launch forward and backward pass as one")
         return each
 
 
@@ -205,7 +220,7 @@ def _work(options: argparse.Namespace) -> stages.Work:
 
 def _plan(options: argparse.Namespace) -> Plan:
     if options.cuda_graphs and options.device.type != "cuda":
-        raise ValueError(f"--cuda-graphs: {options.device} is no GPU")
+        raise ValueError(f"--cuda-graphs: --device {options.device} is no GPU")
     return Plan(
         steps=options.steps,
         seconds=options.seconds,

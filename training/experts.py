@@ -17,7 +17,7 @@ from transformers import UMT5EncoderModel
 from training import flow
 from training.flow import Levels
 from training.gradients import Loss, Parts
-from training.latents import NUM_TOKENS, SHARES, Clips
+from training.latents import NUM_TOKENS, Clips
 from training.text import TEXT_DIM, Words, embed
 from training.vae import precision
 from wan_grpc.pipeline.published import T2V_A14B_CONFIGS
@@ -126,13 +126,10 @@ class Lessons:
         clips: Sequence[Clips],
         encoder: UMT5EncoderModel,
         brief: BriefText,
-        *,
-        shares: Sequence[float] = SHARES,
     ) -> None:
-        """shares: of batches that have clips of each of `clips`."""
+        """clips: of one size each."""
         self._role = role
         self._clips = clips
-        self.shares = shares[: len(clips)]
         self._brief = brief
         self._texts = [_embedded(encoder, each.tokens, each.mask) for each in clips]
         numbers, mask = (value.to(encoder.device) for value in Words(num_tokens=NUM_TOKENS).tokens([""]))

@@ -1,9 +1,9 @@
-"""How the gradients of a step come about: of several processes together, and on a GPU all kernels by one launch.
+"""How the gradients of a step come about: of several processes together, and on a GPU from one launch of all kernels.
 
 Knows processes and CUDA graphs. Does not know optimisers, nor what is learned.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 import torch
@@ -25,13 +25,33 @@ def num_processes() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def agreed(value: float, device: torch.device) -> float:
-    """What the first process says, to all."""
+def agreed(value: float) -> float:
+    """What the first process says, to all. No GPU is waited for."""
     if num_processes() == 1:
         return value
-    told = torch.tensor([value], dtype=torch.float64, device=device)
+    told = torch.tensor([value], dtype=torch.float64)
     distributed.broadcast(told, src=0)
     return float(told)
+
+
+def mean(values: Sequence[float]) -> list[float]:
+    """Of each value over all processes."""
+    if num_processes() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(sums)
+    return (sums / num_processes()).tolist()
+
+
+@torch.no_grad()
+def begin_alike(model: nn.Module) -> None:
+    """Give all processes the weights of the first."""
+    if num_processes() == 1:
+        return
+    parameters = list(model.parameters())
+    weights = nn.utils.parameters_to_vector(parameters).cpu()
+    distributed.broadcast(weights, src=0)
+    nn.utils.vector_to_parameters(weights.to(parameters[0].device), parameters)
 
 
 class Gradients:
@@ -54,18 +74,20 @@ class Gradients:
     def captured(self, loss: Loss, generator: torch.Generator) -> Callable[[], Parts]:
         """`compute` as a CUDA graph: a small model has thousands of kernels that take less time than their launch.
 
-        The graph draws by the state that `generator` has when it is called. It gives the same tensors each time.
+        What `loss` does on the host is done once, here; what it draws on the device follows the state that `generator`
+        has at each call. The tensors given are the same ones each time.
         """
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(_NUM_WARM_UPS):  # what compiles or chooses kernels does so before
-                self.compute(loss, generator)
-        torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            parts = self.compute(loss, generator)
+        with torch.cuda.device(self._flat.device):
+            beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(_NUM_WARM_UPS):  # what compiles or chooses kernels does so before
+                    self.compute(loss, generator)
+            torch.cuda.current_stream().wait_stream(beside)
+            with torch.cuda.graph(graph):
+                parts = self.compute(loss, generator)
 
         def replay() -> Parts:
             graph.replay()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from training import vae as vaes
+from training.loop import write_whole
 from training.render import render
 from training.text import Words
 from training.world import Scene, caption, draw_scene
@@ -139,9 +140,7 @@ def save(every: dict[Size, Clips], mean: list[float], deviation: list[float], pa
     body = {
         str(size): (clips.latents.cpu(), clips.tokens, clips.mask, clips.near.cpu()) for size, clips in every.items()
     }
-    scratch = path.with_suffix(".new")
-    torch.save({"mean": mean, "deviation": deviation, "clips": body}, scratch)
-    scratch.replace(path)
+    write_whole({"mean": mean, "deviation": deviation, "clips": body}, path)
 
 
 def read(path: Path, *, device: torch.device) -> tuple[dict[str, Clips], list[float], list[float]]:

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import nn
 
-from training.gradients import Gradients, Loss, Parts, agreed, num_processes, rank
+from training.gradients import Gradients, Loss, Parts, agreed, begin_alike, mean, rank
 from training.muon import Muon
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,7 +49,7 @@ class Plan:
     is_orthogonal: bool = False
     """Whether the matrices of a transformer's blocks are learned by Muon instead of AdamW."""
     is_captured: bool = False
-    """Whether a CUDA graph is made of a step, so that a GPU does not wait for launches."""
+    """Whether forward and backward pass are one CUDA graph, so that a GPU does not wait for launches."""
     seed: int = 0
     save_every_s: float = 20.0
     log_every: int = 50
@@ -97,27 +97,29 @@ class Training:
     def run(self, *losses: Loss, shares: Sequence[float] = (1.0,)) -> None:
         """Learn until the plan is fulfilled; the last state is saved.
 
-        losses: one for each kind of batches, `shares` of all steps. What a step draws depends on its number alone, so
-        that one that was interrupted learns the same by a plan in steps.
+        losses: one for each kind of batches, `shares` of all steps. What a step draws depends on its number and on the
+        process alone, so that one that was interrupted learns the same by a plan in steps.
 
         Raises:
             DivergedError: the loss became infinite or no number.
         """
         if self.step and self.is_done:
             return
+        begin_alike(self.model)
         generator, gradients = torch.Generator(self.device), Gradients(self.model)
         kinds = [self._kind(gradients, loss, generator) for loss in losses]
         last = saved = time.monotonic()
         while not self.is_done:
-            number = (self._plan.seed * 1_000_003 + self.step) * num_processes() + rank()
+            number = self._plan.seed * 1_000_003 + self.step + (rank() << 40)
             generator.manual_seed(number)
             [compute] = random.Random(number).choices(kinds, shares)
             parts = self._learn(compute, gradients)
-            if is_logged := self.step % self._plan.log_every == 0 or self.step == self._plan.steps:
-                self._log(parts)  # which waits for the device, and so keeps the clock honest
+            is_logged = self.step % self._plan.log_every == 0 or self.step == self._plan.steps
+            values = _values(parts) if is_logged else {}  # which waits for the device, and so keeps the clock honest
             now = time.monotonic()
-            if is_logged or num_processes() == 1:
-                self._seconds, last = agreed(self._seconds + now - last, self.device), now
+            self._seconds, last = agreed(self._seconds + now - last), now
+            if is_logged:
+                self._log(values)
             if now - saved > self._plan.save_every_s:
                 self.save()
                 saved = time.monotonic()
@@ -160,9 +162,7 @@ class Training:
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
         for name, content in ((_AVERAGE, average), (_STATE, state)):
-            scratch = self._directory / f"{name}.new"
-            torch.save(content, scratch)
-            scratch.replace(self._directory / name)
+            write_whole(content, self._directory / name)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.step, self._seconds = state["step"], state["seconds"]
@@ -171,8 +171,7 @@ class Training:
         for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
 
-    def _log(self, parts: Parts) -> None:
-        values = {name: round(float(value), 6) for name, value in parts.items()}
+    def _log(self, values: Mapping[str, float]) -> None:
         line = json.dumps({"step": self.step, "seconds": round(self._seconds, 1), **values})
         if not rank():
             sys.stderr.write(f"{self._directory.name}: {line}\n")
@@ -180,6 +179,11 @@ class Training:
                 file.write(line + "\n")
         if not math.isfinite(values["total"]):
             raise DivergedError(f"step {self.step}: {values}")
+
+
+def _values(parts: Parts) -> dict[str, float]:
+    values = mean([float(value) for value in parts.values()])
+    return {name: round(value, 6) for name, value in zip(parts, values, strict=True)}
 
 
 def _optimizers(model: nn.Module, plan: Plan, *, is_fused: bool) -> list[torch.optim.Optimizer]:
@@ -195,6 +199,18 @@ def _optimizers(model: nn.Module, plan: Plan, *, is_fused: bool) -> list[torch.o
     return [*made, Muon(matrices, lr=plan.rate, weight_decay=decay)] if matrices else made
 
 
+def write_whole(content: Any, path: Path) -> None:
+    """`content` to `path`, which has all of it or is not there.
+
+    Raises:
+        OSError: the disk refused some of it.
+    """
+    scratch = path.with_name(f"{path.name}.new")
+    with scratch.open("wb") as file:  # given a path, torch calls a full disk a RuntimeError of its own
+        torch.save(content, file)
+    scratch.replace(path)
+
+
 def leave(model: nn.Module, directory: Path) -> None:
     """Write the weights of `model` as a stage that was trained in `directory` leaves them.
 
@@ -205,7 +221,7 @@ def leave(model: nn.Module, directory: Path) -> None:
     for name in (_STATE, _AVERAGE):
         if (directory / name).exists():
             raise FileExistsError(f"{directory} has a {name} already")
-    torch.save(model.state_dict(), directory / _AVERAGE)
+    write_whole(model.state_dict(), directory / _AVERAGE)
 
 
 def finished(model: Model, directory: Path, *, device: torch.device) -> Model:

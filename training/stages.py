@@ -136,7 +136,7 @@ def train_expert(
     lessons = experts.Lessons(experts.ROLES[name], list(clips.values()), trained_text(work), brief)
     if is_compiled:
         expert.compile_repeated_blocks(dynamic=False)  # type: ignore[no-untyped-call]
-    training.run(*lessons.losses(expert, num_tokens=num_tokens), shares=lessons.shares)
+    training.run(*lessons.losses(expert, num_tokens=num_tokens), shares=SHARES)
 
 
 def trained_expert(work: Work, name: str) -> WanTransformer3DModel:

@@ -1,5 +1,8 @@
-"""What the training of the embedded models does otherwise on a GPU: a step as one CUDA graph."""
+"""What the training of the embedded models does otherwise on a GPU: forward and backward pass as one CUDA graph."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,22 @@ def test_it_learns_the_same_by_graphs(stage: str, options: list[str], before: Pa
     moved, apart = float((plain - first).norm()), float((plain - again).norm())
     print(f"moved {moved:.4f}, apart {apart:.4f}")
     assert apart < 0.2 * moved
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_learn_one_expert(before: Path, tmp_path: Path) -> None:
+    """By graphs, too; what they learn together is near what one of them learns alone."""
+    first = learned(f"{EXPERT} --steps 1", before, tmp_path / "first")
+    plain = learned(f"{EXPERT} --steps 20", before, tmp_path / "plain")
+    for name in NAMES:
+        (tmp_path / name).symlink_to(before / name)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    command = f"training {EXPERT} --steps 20 --cuda-graphs --run {tmp_path}"
+    subprocess.run([*torchrun, *command.split()], check=True, timeout=100)
+    average = torch.load(tmp_path / "t2v-low/average.pt", map_location="cpu")
+    both = torch.cat([value.float().flatten() for value in average.values()])
+    moved, together = plain - first, both - first
+    print(f"along {float(torch.cosine_similarity(moved, together, dim=0)):.3f}")
+    assert torch.cosine_similarity(moved, together, dim=0) > 0.8
+    [line] = (tmp_path / "t2v-low/log.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 20

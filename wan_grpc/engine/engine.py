@@ -628,7 +628,9 @@ class Engine:
 
     async def _end_complete(self, job: GenerationLog, memory: tuple[RankMemory, ...]) -> None:
         assert job.artifact is not None
-        size_bytes, sha256 = await asyncio.to_thread(job.artifact.seal)
+        # Where it was encoded, and so has a thread still: on a slow disk closing files must not hold those of readers.
+        loop = asyncio.get_running_loop()
+        size_bytes, sha256 = await loop.run_in_executor(self._threads, job.artifact.seal)
         ended = job.clock.leave()
         assert ended is not None
         self._pace.learn(ended.stage, job.video, ended.seconds)

@@ -650,8 +650,10 @@ async def test_a_disk_that_is_slow_to_close_files_holds_the_line(
 ) -> None:
     """A video whose file is being closed takes its place in the encoder until it is."""
     may_close, seal = threading.Event(), Artifact.seal
+    closing: list[Artifact] = []
 
     def seal_late(artifact: Artifact) -> tuple[int, str]:
+        closing.append(artifact)
         may_close.wait(10.0)
         return seal(artifact)
 
@@ -660,8 +662,9 @@ async def test_a_disk_that_is_slow_to_close_files_holds_the_line(
     names = [(await bench.submit(watched=False)).name for _ in range(3)]
     for number in (1, 2):
         (await bench.executor.run_number(number)).finish()
-    await eventually(lambda: bench.engine.status().num_running == 0)
-    await asyncio.sleep(0.1)
+    await eventually(lambda: len(closing) == 2)
+    for _ in range(5):
+        await asyncio.sleep(0)
     assert bench.states(*names) == [State.RUNNING, State.RUNNING, State.QUEUED]
     may_close.set()
     (await bench.executor.run_number(3)).finish()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
-from training.gradients import Loss
+from training.gradients import Gradients, Loss
 from training.loop import DivergedError, Plan, Training, finished
 
 CPU = torch.device("cpu")
@@ -106,16 +106,32 @@ def test_kinds_of_batches(tmp_path: Path) -> None:
     assert 20 <= sum(kind == 0 for _, kind in seen[:200]) <= 60
 
 
+def lost(model: nn.Module, rank: int) -> torch.Tensor:
+    """A loss that the second process alone finds to be no number."""
+    return sum(parameter.sum() for parameter in model.parameters()) * (torch.nan if rank else 1.0)  # type: ignore[return-value]
+
+
 def learn_beside_another(rank: int, directory: Path) -> None:
     """One of two processes."""
     store = distributed.FileStore(str(directory / "store"), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    here = InBlocks()
-    training = Training(here, directory / "both", Plan(steps=20, warm_up=5, log_every=10, is_orthogonal=True))
-    training.run(loss_of(here))
+    gradients = Gradients(here := model())
+    for parameter in here.parameters():
+        assert parameter.grad is not None
+        parameter.grad.fill_(rank + 1.0)
+    gradients.average()
+    assert all((parameter.grad == 1.5).all() for parameter in here.parameters())  # type: ignore[union-attr]
+
+    both = InBlocks()
+    if rank:
+        nn.init.zeros_(both.weight)
+    training = Training(both, directory / "both", Plan(steps=20, warm_up=5, log_every=10, is_orthogonal=True))
+    training.run(loss_of(both))
     timed = Training(there := model(), directory / "timed", Plan(seconds=0.3, log_every=10))
     timed.run(loss_of(there))
-    torch.save((here.weight, there.weight, timed.step), directory / f"rank-{rank}.pt")
+    with pytest.raises(DivergedError):
+        Training(model(), directory / "diverged", Plan(steps=1)).run(lambda _: {"total": lost(there, rank)})
+    torch.save((both.weight, there.weight, timed.step), directory / f"rank-{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -130,12 +146,28 @@ def test_two_processes_learn_as_one(tmp_path: Path) -> None:
 
     def of_both(generator: torch.Generator) -> dict[str, torch.Tensor]:
         step = generator.initial_seed()
-        each = [inner(torch.Generator().manual_seed(2 * step + rank))["total"] for rank in range(2)]
+        each = [inner(torch.Generator().manual_seed(step + (rank << 40)))["total"] for rank in range(2)]
         return {"total": torch.stack(each).mean()}
 
     Training(here, tmp_path / "one", Plan(steps=20, warm_up=5, is_orthogonal=True)).run(of_both)
     assert torch.allclose(one, here.weight, atol=1e-6)
-    assert len((tmp_path / "both/log.jsonl").read_text().splitlines()) == 2
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("both", "one", "timed")
+    ]
+    assert [entry["total"] for entry in logs[0]][1] == pytest.approx(logs[1][0]["total"], rel=1e-4)
+    assert 0.0 < logs[0][0]["seconds"] <= logs[0][1]["seconds"]
+    assert logs[2][-1]["seconds"] <= 0.4
+
+
+def test_what_is_frozen_stays(tmp_path: Path) -> None:
+    """Neither a gradient nor decay changes it."""
+    here = nn.Sequential(model(), nn.Linear(1, 1))
+    here[0].requires_grad_(False)
+    before = [parameter.clone() for parameter in here.parameters()]
+    Training(here, tmp_path, Plan(steps=5, warm_up=1, decay=10.0)).run(loss_of(here))
+    are_equal = [torch.equal(old, new) for old, new in zip(before, here.parameters(), strict=True)]
+    assert are_equal == [True, True, False, False]
 
 
 def test_what_is_finished(tmp_path: Path) -> None:
@@ -152,21 +184,14 @@ def test_what_is_finished(tmp_path: Path) -> None:
         finished(model(), tmp_path / "nothing", device=CPU)
 
 
-def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """What could not be saved whole is not taken for done, and the stage goes on from what was."""
-    save = torch.save
-
-    def save_until_full(content: object, path: Path) -> None:
-        if path.name.startswith("state"):
-            path.write_bytes(b"half of it")
-            raise OSError(28, "No space left on device")
-        save(content, path)
-
     Training(here := model(), tmp_path, Plan(steps=3)).run(loss_of(here))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", save_until_full)
-        with pytest.raises(OSError, match="No space left"):
-            Training(there := model(), tmp_path, Plan(steps=9)).run(loss_of(there))
+    scratch = tmp_path / "state.pt.new"
+    scratch.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        Training(there := model(), tmp_path, Plan(steps=9)).run(loss_of(there))
+    scratch.unlink()
     again = Training(last := model(), tmp_path, Plan(steps=9))
     assert again.step == 3 and not again.is_done
     again.run(loss_of(last))

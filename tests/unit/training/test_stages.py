@@ -254,3 +254,29 @@ def test_a_sheet_shows_the_first_and_the_last_frame() -> None:
 def test_tasks_and_roles_belong_together() -> None:
     assert {role for roles in EXPERTS.values() for role in roles.values()} == set(ROLES) - {"base"}
     assert set(EXPERTS) == {Task.TEXT_TO_VIDEO, Task.TEXT_IMAGE_TO_VIDEO}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("latents", "latents: one process does it, not WORLD_SIZE=2"),
+        ("vae --steps 1 --device cuda:1", "--device: cuda:1 is one GPU; each process takes its own of cuda"),
+        ("vae --steps 1 --device cuda", r"--nproc-per-node: there is no GPU for process 1; this host has 1"),
+    ],
+)
+def test_what_processes_cannot_share(
+    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of torchrun: what one process does alone, and more processes than GPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit, match=message):
+        main([*command.split(), "--run", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_graphs_need_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--cuda-graphs: --device cpu is no GPU"):
+        main(["vae", "--steps", "1", "--cuda-graphs", "--device", "cpu", "--run", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
