@@ -2,6 +2,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import grpc
+import psutil
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -213,12 +214,10 @@ async def test_a_request_is_no_larger_than_texts_need(stub: VideoGenerationServi
     assert (await stub.CreateGeneration(api.CreateGenerationRequest(spec=longest))).generation.name
 
 
-async def connections(channel: grpc.aio.Channel) -> set[int]:
-    """The connections that the servers of this process have, as channelz counts them."""
-    stub = channelz_pb2_grpc.ChannelzStub(channel)
-    servers = (await stub.GetServers(channelz_pb2.GetServersRequest())).server
-    asked = [channelz_pb2.GetServerSocketsRequest(server_id=server.ref.server_id) for server in servers]
-    return {ref.socket_id for request in asked for ref in (await stub.GetServerSockets(request)).socket_ref}
+def connections(port: int) -> set[int]:
+    """Those that the server at `port` of this process has accepted and not left, by the ports of their other ends."""
+    every = psutil.Process().net_connections("tcp")
+    return {each.raddr.port for each in every if each.status == psutil.CONN_ESTABLISHED and each.laddr.port == port}
 
 
 async def test_old_connections_are_left_and_their_streams_go_on(engine: FakeEngine) -> None:
@@ -226,19 +225,21 @@ async def test_old_connections_are_left_and_their_streams_go_on(engine: FakeEngi
     options = ServerOptions(max_connection_age_s=0.3, drain_window_s=0.0, stop_grace_s=0.1)
     server = build_server(engine, options)  # type: ignore[arg-type]
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        stub = VideoGenerationServiceStub(channel)
-        name = (await stub.CreateGeneration(CREATE)).generation.name
-        stream = stub.WatchGeneration(api.WatchGenerationRequest(name=name))
-        await stream.read()
-        [first] = await connections(channel)
-        while len(now := await connections(channel)) < 2:
-            pass
-        engine.tell(name, Heartbeat())
-        assert (await stream.read()).event.HasField("heartbeat")
-        assert first in now
-        stream.cancel()
-    await server.stop()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = VideoGenerationServiceStub(channel)
+            name = (await stub.CreateGeneration(CREATE)).generation.name
+            stream = stub.WatchGeneration(api.WatchGenerationRequest(name=name))
+            await stream.read()
+            first = connections(server.port)
+            while not (now := connections(server.port)) - first:
+                await stub.GetGeneration(api.GetGenerationRequest(name=name))
+            engine.tell(name, Heartbeat())
+            assert (await stream.read()).event.HasField("heartbeat")
+            assert first & now
+            stream.cancel()
+    finally:
+        await server.stop()
 
 
 def test_options_reach_grpc() -> None:
