@@ -630,7 +630,11 @@ class Engine:
         assert job.artifact is not None
         # Where it was encoded, and so has a thread still: on a slow disk closing files must not hold those of readers.
         loop = asyncio.get_running_loop()
-        size_bytes, sha256 = await loop.run_in_executor(self._threads, job.artifact.seal)
+        try:
+            size_bytes, sha256 = await loop.run_in_executor(self._threads, job.artifact.seal)
+        except StorageFailedError as error:
+            self._end_failed(job, storage_failure(error))
+            return
         ended = job.clock.leave()
         assert ended is not None
         self._pace.learn(ended.stage, job.video, ended.seconds)

@@ -57,8 +57,12 @@ class Artifact:
             self._append(self._fd, data)
 
     def seal(self) -> tuple[int, str]:
-        """End the file. Gives its size in bytes and the SHA-256 of its bytes in lower-case hexadecimal."""
-        with self._lock:
+        """End the file. Gives its size in bytes and the SHA-256 of its bytes in lower-case hexadecimal.
+
+        Raises:
+            StorageFailedError: the disk refused what it had taken before, as some do that are elsewhere.
+        """
+        with self._lock, storage_errors():
             self._close_fd()
             return self._size_bytes, self._hash.hexdigest()
 
@@ -103,8 +107,8 @@ class Artifact:
 
     def _close_fd(self) -> None:
         if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+            fd, self._fd = self._fd, None  # closed also where that fails
+            os.close(fd)
 
 
 class Spool:

@@ -2,6 +2,7 @@ import asyncio
 import errno
 import hashlib
 import io
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -538,6 +539,27 @@ async def test_a_disk_that_refuses_the_last_bytes(another: OpenAnother, output_f
     assert bench.videos_on_disk() == []
     bench.spool.refuses_bytes = False
     await next_one_works(bench)
+
+
+async def test_a_disk_that_is_full_when_the_file_is_closed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generation fails with the reason, and the next one is served."""
+    close = os.close
+
+    def refuse_videos(fd: int) -> None:
+        is_video = Path(f"/proc/self/fd/{fd}").readlink().suffix == ".raw_rgb24"
+        close(fd)
+        if is_video:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", refuse_videos)
+        generation = await bench.submit(watched=False)
+        (await bench.executor.run_number(1)).finish()
+        await bench.ended(generation.name)
+    failure = bench.engine.get(generation.name).failure
+    assert failure is not None and failure.reason is Reason.STORAGE_FAILED
+    assert "No space left on device" in failure.message
+    await bench.succeed()
 
 
 async def test_a_disk_that_refuses_frames(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
